@@ -1,0 +1,1 @@
+"""Supervised training on worked text: base models from random weights, students from traces."""

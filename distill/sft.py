@@ -1,0 +1,352 @@
+"""Supervised training on documents (a question and its completion) by plain next-token loss, until it measures well enough.
+
+It makes base models from random weights; the result is kept by content, so the same config, code and seed train once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from policy.checkpoint import atomic_folder, load_policy, save_policy
+from policy.config import PolicyConfig
+from policy.deepseek import DeepseekPolicy
+from policy.layer_groups import layer_group
+from policy.logprobs import token_logprobs
+from policy.optim import Muon, warmup_then_linear
+from policy.packing import layout, pack_by_length
+from rollout.durable import write_json
+from rollout.engine import SamplingParams
+from rollout.errors import UserError
+from rollout.evaluation import evaluate
+from rollout.interrupt import RunInterrupted, stop_on_signal
+from rollout.records import Task
+from rollout.run import Observer
+from rollout.sampling import Prompter
+from rollout.tasks import DataConfig, load_tasks
+from rollout.templates import TEMPLATES, check_template
+from rollout.tokenizer import load_tokenizer, train_tokenizer
+from rollout.torch_engine import TorchEngine
+from verifiers.pool import ScorePool, VerifierSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parents[1]
+MADE_BY = ("policy/**/*.py", "distill/*.py", "rollout/arithmetic.py", "rollout/t*.py")
+
+
+class SftError(RuntimeError):
+    """Training ended without what was asked of it: the loss is not finite, or the quality was not reached."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _shape(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        PolicyConfig(**{"vocab_size": 1, **values})
+    except TypeError as error:
+        raise ValueError(f"not the shape of a policy: {str(error).partition('()')[2].strip() or error}") from error
+    return values
+
+
+class SftOptimizerConfig(_Table):
+    """Muon for weight matrices, AdamW for the rest (embedding, head, router, norms); rates decay linearly to 0."""
+
+    muon_lr: float = Field(0.02, gt=0, description="learning rate of weight matrices")
+    adamw_lr: float = Field(0.01, gt=0, description="learning rate of embedding, head, router and norm gains")
+    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    decay_share: float = Field(
+        0.3, gt=0, le=1, description="share of max_steps, at the end, in which the rates fall to 0"
+    )
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="gradients of the AdamW parameters are scaled down to this norm"
+    )
+    balance_gamma: float = Field(
+        0.01, ge=0, description="step of the routing biases towards even load, per optimizer step"
+    )
+
+
+class SftEvalConfig(_Table):
+    """The measured quality that training stops at."""
+
+    data: DataConfig = Field(description="held-out tasks")
+    verifier: str = Field("numeric", description="what judges a completion")
+    num_problems: int = Field(128, ge=1, description="how many tasks, from the first")
+    num_samples: int = Field(2, ge=1, description="samples per task at temperature 1")
+    every_steps: int = Field(50, ge=1, description="measure every so many steps")
+    max_completion_tokens: int = Field(128, ge=1, description="longest completion, in tokens")
+    stop_pass_at_1: float = Field(ge=0, le=1, description="training stops when pass@1 reaches this")
+    required: bool = Field(True, description="whether not reaching it by max_steps is an error")
+
+
+class SftConfig(_Table):
+    """A supervised run from random weights (`model`) or from a checkpoint (`init`)."""
+
+    name: str = Field(min_length=1, description="name of the run")
+    seed: int = Field(0, ge=0, description="seed of weights and documents")
+    output_dir: Path = Field(Path("runs/base"), description="finished models are kept here, by content")
+    template: Annotated[str, AfterValidator(check_template)] = Field("r1_zero", description="prompt template")
+    init: Path | None = Field(None, description="checkpoint to start from, with its tokenizer")
+    model: Annotated[dict[str, Any], AfterValidator(_shape)] | None = Field(
+        None, description="shape of a new policy: PolicyConfig's fields but vocab_size"
+    )
+    vocab_size: int = Field(512, ge=300, description="largest vocabulary of the new tokenizer")
+    tokenizer_documents: int = Field(2000, ge=1, description="documents that the new tokenizer is trained on")
+    data: DataConfig = Field(description="documents: the prompt is the question, the answer is the completion's text")
+    num_documents: int = Field(128, ge=1, description="documents per optimizer step")
+    max_steps: int = Field(ge=1, description="optimizer steps at most")
+    max_tokens_per_microbatch: int = Field(
+        8192, ge=1, description="tokens in one forward pass; a matter of memory only"
+    )
+    num_threads: int = Field(2, ge=1, description="CPU threads")
+    optimizer: SftOptimizerConfig = Field(default_factory=SftOptimizerConfig, description="optimizers")
+    eval: SftEvalConfig = Field(description="the quality to stop at")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> SftConfig:
+        if (self.init is None) == (self.model is None):
+            raise ValueError("set exactly one of init and model")
+        return self
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """The finished checkpoint, its measured pass@1, and the seconds this call took (near 0 when it was kept from before)."""
+
+    folder: Path
+    pass_at_1: float
+    seconds: float
+
+
+def output_folder(config: SftConfig) -> Path:
+    """Where this config's result is kept: its name and a hash of config, code and seed."""
+    digest = hashlib.sha256(config.model_dump_json(exclude={"output_dir", "num_threads"}).encode())
+    for pattern in MADE_BY:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return config.output_dir / f"{config.name}-{config.seed}-{digest.hexdigest()[:12]}"
+
+
+def train_sft(config: SftConfig, observer: Observer) -> SftResult:
+    """The trained checkpoint of a config, made now unless it is there already; UserError or SftError says what is wrong.
+
+    Asked to stop by SIGINT or SIGTERM it saves what it has, raises RunInterrupted, and the next call goes on from there.
+    """
+    started = time.monotonic()
+    folder = output_folder(config)
+    with _only_one(folder, observer):
+        if not (folder / "config.json").exists():
+            specs = [VerifierSpec(name="accuracy", verifier=config.eval.verifier)]
+            with stop_on_signal() as stop, ScorePool(specs) as pool:
+                _Training(config, folder, pool, observer).run(stop)
+    import json
+
+    measured = json.loads((folder / "quality.json").read_text())
+    return SftResult(folder, measured["pass_at_1"], time.monotonic() - started)
+
+
+class _Training:
+    """One supervised run."""
+
+    def __init__(self, config: SftConfig, folder: Path, pool: ScorePool, observer: Observer):
+        torch.set_num_threads(config.num_threads)
+        self.config, self.folder, self.pool, self.observer = config, folder, pool, observer
+        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.documents = load_tasks(config.data)
+        held_out = load_tasks(config.eval.data)
+        count = min(config.eval.num_problems, len(held_out))
+        self.problems = [held_out.task(index) for index in range(count)]
+        self.model, self.tokenizer = self._start()
+        context = self.model.config.max_position_embeddings
+        self.prompter = Prompter(self.tokenizer, config.template, context, config.eval.max_completion_tokens)
+        for problem in self.problems:
+            self.prompter.ids(problem)
+        self.muon, self.adamw = _optimizers(self.model, config.optimizer)
+        self.step = 0
+
+    def _start(self) -> tuple[DeepseekPolicy, PreTrainedTokenizerBase]:
+        config = self.config
+        if config.init is not None:
+            return load_policy(config.init), load_tokenizer(config.init)
+        assert config.model is not None
+        template = TEMPLATES.get(config.template, config.template)
+        before, _, after = template.partition("{question}")
+        chat = f"{{{{ {before!r} + messages[-1]['content'] + {after!r} }}}}"
+        count = min(config.tokenizer_documents, len(self.documents))
+        documents = (self.documents.task(index) for index in range(count))
+        texts = (f"{before}{task.prompt}{after}{task.answer}" for task in documents)
+        tokenizer = train_tokenizer(texts, config.vocab_size, chat)
+        shape = {
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        model = DeepseekPolicy(PolicyConfig(**(config.model | shape)))
+        model.reset_parameters(config.seed)
+        return model, tokenizer
+
+    def run(self, stop: threading.Event) -> None:
+        """Train until the quality is reached, measuring every so often; write the checkpoint."""
+        config = self.config
+        total, active = self.model.num_parameters()
+        self.observer.stage(
+            "base model",
+            f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active, until pass@1 {config.eval.stop_pass_at_1:g}",
+        )
+        if (self.partial / "state.pt").exists():
+            self._resume()
+        rate = warmup_then_linear(
+            config.optimizer.warmup_steps,
+            round(config.max_steps * (1 - config.optimizer.decay_share)),
+            config.max_steps,
+        )
+        quality = 0.0
+        while self.step < config.max_steps:
+            if stop.is_set():
+                self._save_partial()
+                raise RunInterrupted(
+                    f"stopped at step {self.step} of the base model; the same command goes on from there"
+                )
+            metrics = self._train_step(rate(self.step))
+            self.step += 1
+            if self.step % config.eval.every_steps == 0 or self.step == config.max_steps:
+                quality = self._measure()
+                metrics["eval_pass_at_1"] = quality
+            self.observer.step(self.step, config.max_steps, metrics)
+            if quality >= config.eval.stop_pass_at_1:
+                break
+        if quality < config.eval.stop_pass_at_1 and config.eval.required:
+            raise SftError(
+                f"pass@1 is {quality:.3f} after max_steps={config.max_steps}, below eval.stop_pass_at_1="
+                f"{config.eval.stop_pass_at_1:g}. Raise max_steps, or lower the bar, or set eval.required=false."
+            )
+        with atomic_folder(self.folder) as temporary:
+            save_policy(self.model, temporary)
+            self.tokenizer.save_pretrained(temporary)
+            write_json(temporary / "quality.json", {"pass_at_1": quality, "steps": self.step, "seed": config.seed})
+
+    def _train_step(self, rate: float) -> dict[str, float]:
+        config, start = self.config, time.monotonic()
+        for optimizer, lr in ((self.muon, config.optimizer.muon_lr), (self.adamw, config.optimizer.adamw_lr)):
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate
+        self.model.train()
+        pairs = [self._encode(task) for task in self.documents.for_step(config.seed, self.step, config.num_documents)]
+        lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
+        num_targets = sum(len(completion) for _, completion in pairs)
+        if max(lengths) > config.max_tokens_per_microbatch:
+            raise UserError(
+                f"a document has {max(lengths)} tokens, more than max_tokens_per_microbatch={config.max_tokens_per_microbatch}"
+            )
+        loss_sum = 0.0
+        for rows in pack_by_length(lengths, config.max_tokens_per_microbatch):
+            loss = self._loss([pairs[row] for row in rows]) / num_targets
+            loss.backward()
+            loss_sum += float(loss.detach())
+        if not math.isfinite(loss_sum):
+            raise SftError(
+                f"the loss is {loss_sum} at step {self.step}: lower optimizer.muon_lr and optimizer.adamw_lr"
+            )
+        rest = [parameter for group in self.adamw.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(rest, config.optimizer.max_grad_norm)
+        self.muon.step()
+        self.adamw.step()
+        violation = self.model.balance_experts(config.optimizer.balance_gamma)
+        return {
+            "loss": loss_sum,
+            "grad_norm": float(norm),
+            "max_violation": violation,
+            "tokens_per_s": sum(lengths) / (time.monotonic() - start),
+        }
+
+    def _encode(self, task: Task) -> tuple[list[int], list[int]]:
+        """Prompt ids and completion ids, end token included."""
+        prompt = list(self.prompter.ids(task))
+        completion = self.tokenizer(str(task.answer), add_special_tokens=False)["input_ids"]
+        return prompt, [*completion, int(self.tokenizer.eos_token_id)]  # type: ignore[list-item]
+
+    def _loss(self, pairs: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
+        """Summed negative log-likelihood of the completions, in nats."""
+        input_ids = torch.tensor([token for prompt, completion in pairs for token in (*prompt, *completion)])
+        _, position_ids, cu_seqlens = layout(torch.tensor([len(p) + len(c) for p, c in pairs]))
+        mask = torch.tensor([place >= len(p) for p, c in pairs for place in range(len(p) + len(c))])
+        logprobs, _ = token_logprobs(self.model, input_ids, position_ids, cu_seqlens, mask=mask)
+        return -logprobs.sum()
+
+    def _measure(self) -> float:
+        """pass@1 on the held-out tasks, sampled by the torch engine at temperature 1."""
+        config = self.config.eval
+        engine = TorchEngine(self.model, max_model_len=self.model.config.max_position_embeddings)
+        params = SamplingParams(
+            max_completion_tokens=config.max_completion_tokens,
+            stop_token_ids=(int(self.tokenizer.eos_token_id),),  # type: ignore[arg-type]
+        )
+        result, _ = evaluate(
+            engine,
+            self.prompter,
+            self.pool,
+            self.problems,
+            params,
+            num_samples=config.num_samples,
+            k=1,
+            seed=self.config.seed,
+            greedy=False,
+        )
+        return result.pass_at_1
+
+    def _save_partial(self) -> None:
+        with atomic_folder(self.partial) as temporary:
+            state = {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "muon": self.muon.state_dict(),
+                "adamw": self.adamw.state_dict(),
+            }
+            torch.save(state, temporary / "state.pt")
+
+    def _resume(self) -> None:
+        state = torch.load(self.partial / "state.pt", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+        self.step = state["step"]
+        self.observer.message(f"going on from step {self.step} of an interrupted base model")
+
+
+def _optimizers(model: DeepseekPolicy, config: SftOptimizerConfig) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon on the weight matrices of attention and feed-forward layers, AdamW on everything else."""
+    by_adamw = {"embedding", "head", "router", "norms"}
+    named = list(model.named_parameters())
+    matrices = [parameter for name, parameter in named if layer_group(name) not in by_adamw]
+    rest = [parameter for name, parameter in named if layer_group(name) in by_adamw]
+    return Muon(matrices, lr=config.muon_lr), torch.optim.AdamW(
+        rest, lr=config.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
+
+
+@contextmanager
+def _only_one(folder: Path, observer: Observer) -> Iterator[None]:
+    """Two runs that need the same base train it once: the second waits for the first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            observer.message(f"another run is making {folder}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,1 @@
+"""Group-relative policy optimisation: advantages, losses, the batch, the learner, the loop and its report."""

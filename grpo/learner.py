@@ -1,0 +1,217 @@
+"""The learner: one rollout batch in, one or more AdamW steps on the GRPO loss, metrics out.
+
+Imports neither ray nor vllm: with the torch engine it runs wherever torch does.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from grpo.batch import Batch, concat_batches, split_microbatches, split_minibatches, with_weights
+from grpo.config import AlgorithmConfig, LearnerConfig
+from grpo.losses import LossTerms, grpo_loss
+from policy.deepseek import DeepseekPolicy
+from policy.logprobs import token_logprobs
+from policy.optim import parameter_groups, warmup_constant
+from rollout.errors import UserError
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many optimizer steps in a row had no finite loss or gradient; the batch is saved where the message says."""
+
+
+class Learner:
+    """Holds the policy, its optimizer and, when the KL has a weight, the reference it is measured against.
+
+    `temperature` is that of the samples: log-probabilities are taken of the distribution that was sampled from.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekPolicy,
+        config: LearnerConfig,
+        algorithm: AlgorithmConfig,
+        *,
+        temperature: float,
+        seed: int,
+        bad_batch_path: Path,
+    ):
+        self.accelerator = Accelerator()
+        if self.accelerator.num_processes > 1:
+            raise UserError(
+                f"the learner was started as {self.accelerator.num_processes} processes and runs as one: "
+                "start it without accelerate launch"
+            )
+        self.config, self.algorithm = config, algorithm
+        self.temperature, self.seed, self.bad_batch_path = temperature, seed, bad_batch_path
+        groups = parameter_groups(model, config.lr, config.weight_decay, config.lr_scale)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        self.model: DeepseekPolicy
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.warmup = warmup_constant(config.warmup_steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.warmup)
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False) if algorithm.kl_coef > 0 else None
+        self.num_optimizer_steps = 0
+        self.skipped_in_a_row = 0
+
+    def step(self, batch: Batch, step: int) -> dict[str, float]:
+        """Learn from one rollout batch; metrics are means over its completion tokens, as in `LossTerms.metrics`.
+
+        An optimizer step whose loss or gradient is not finite is skipped and counted in `skipped`; NonFiniteLossError
+        after `max_skipped_steps` in a row, with the minibatch saved.
+        """
+        self.model.train()
+        batch = batch.to(self.accelerator.device)
+        if self.reference is not None:
+            batch = self._fill(batch, "ref_logprobs", self.reference)
+        if self.config.num_minibatches > 1:
+            batch = self._fill(batch, "old_logprobs", self.model)
+        # With one minibatch the policy that learns is still the one before the first update.
+        terms: list[LossTerms] = []
+        norms: list[float] = []
+        skipped = 0
+        seed = self.seed * 1_000_003 + step
+        for minibatch in split_minibatches(batch, self.config.num_minibatches, seed=seed):
+            minibatch = with_weights(
+                minibatch, aggregation=self.algorithm.aggregation, constant_length=self.algorithm.constant_length
+            )
+            term, norm = self._optimizer_step(minibatch)
+            terms.append(term)
+            norms.append(norm)
+            skipped += not self._finite(term, norm)
+        return self._metrics(terms, norms, skipped)
+
+    def refresh_reference(self) -> None:
+        """Make the policy's present weights the reference."""
+        if self.reference is not None:
+            self.reference.load_state_dict(self.model.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the policy's weights that the next step depends on."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "num_optimizer_steps": self.num_optimizer_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "reference": None if self.reference is None else self.reference.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of `state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.num_optimizer_steps = state["num_optimizer_steps"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+
+    def _optimizer_step(self, minibatch: Batch) -> tuple[LossTerms, float]:
+        self.optimizer.zero_grad(set_to_none=True)
+        total: LossTerms | None = None
+        for part in split_microbatches(minibatch, self.config.max_tokens_per_microbatch):
+            loss, terms = self._loss(part)
+            self.accelerator.backward(loss)
+            total = terms if total is None else total + terms
+        assert total is not None  # a minibatch has at least one sample
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        self.num_optimizer_steps += 1
+        if self._finite(total, norm):
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+        else:
+            self._skip(minibatch, total, norm)
+        self.schedule.step()
+        return total, norm
+
+    def _loss(self, part: Batch) -> tuple[Tensor, LossTerms]:
+        algorithm = self.algorithm
+        assert part.weights is not None
+        logprobs, entropy = self._logprobs(self.model, part)
+        return grpo_loss(
+            logprobs,
+            advantages=part.advantages,
+            weights=part.weights,
+            completion_mask=part.completion_mask,
+            sequence_ids=part.sequence_ids,
+            num_sequences=part.num_sequences,
+            old_logprobs=part.old_logprobs,
+            rollout_logprobs=part.rollout_logprobs,
+            ref_logprobs=part.ref_logprobs,
+            entropy=entropy,
+            ratio_level=algorithm.ratio_level,
+            surrogate=algorithm.surrogate,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+            cispo_ratio_max=algorithm.cispo_ratio_max,
+            kl_coef=algorithm.kl_coef,
+            kl_estimator=algorithm.kl_estimator,
+            kl_importance_weighted=algorithm.kl_importance_weighted,
+        )
+
+    def _logprobs(self, model: DeepseekPolicy, part: Batch) -> tuple[Tensor, Tensor]:
+        return token_logprobs(
+            model,
+            part.input_ids,
+            part.position_ids,
+            part.cu_seqlens,
+            mask=part.completion_mask,
+            temperature=self.temperature,
+        )
+
+    @torch.no_grad()
+    def _fill(self, batch: Batch, field: str, model: DeepseekPolicy) -> Batch:
+        """The batch with `field` [T] set to log-probabilities under `model`."""
+        parts = split_microbatches(batch, self.config.max_tokens_per_microbatch)
+        filled = [dataclasses.replace(part, **{field: self._logprobs(model, part)[0]}) for part in parts]
+        return concat_batches(filled)
+
+    @staticmethod
+    def _finite(terms: LossTerms, norm: float) -> bool:
+        return math.isfinite(norm) and bool(torch.isfinite(terms.loss))
+
+    def _skip(self, minibatch: Batch, terms: LossTerms, norm: float) -> None:
+        self.skipped_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
+            self.bad_batch_path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(
+                {field.name: getattr(minibatch, field.name) for field in dataclasses.fields(minibatch)},
+                self.bad_batch_path,
+            )
+            raise NonFiniteLossError(
+                f"{self.skipped_in_a_row} optimizer steps in a row had no finite loss (the last: loss {float(terms.loss)}, "
+                f"gradient norm {norm}). The weights are those of the last good step. The batch is in "
+                f"{self.bad_batch_path}; look at its rollout_logprobs and advantages first."
+            )
+
+    def _metrics(self, terms: list[LossTerms], norms: list[float], skipped: int) -> dict[str, float]:
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        values = total.metrics()
+        count = len(terms)
+        return {
+            "loss": values["loss"] / count,
+            "policy_loss": values["policy_loss"] / count,
+            "kl_loss": values["kl_loss"] / count,
+            "kl": values["kl"],
+            "entropy": values["entropy"],
+            "clip_fraction": values["clipped_low"] + values["clipped_high"] + values["clipped_dual"],
+            "clip_fraction_low": values["clipped_low"],
+            "clip_fraction_high": values["clipped_high"],
+            "ratio_mean": values["ratio"],
+            "logprob_gap_mean": values["logprob_gap"],
+            "logprob_gap_max": values["logprob_gap_max"],
+            "grad_norm": sum(norms) / count,
+            "lr": self.config.lr * self.warmup(self.num_optimizer_steps - 1),
+            "skipped": skipped,
+        }

@@ -1,0 +1,453 @@
+"""The loop: the only place that knows the order sample, score, advantage, loss, step, sync."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo.advantages import group_advantages
+from grpo.batch import build_batch
+from grpo.config import TrainConfig
+from grpo.learner import Learner
+from grpo.report import write_report
+from policy.checkpoint import atomic_folder, load_policy, save_policy
+from policy.deepseek import DeepseekPolicy
+from rollout.cluster import running_engines
+from rollout.engine import Engine, SamplingParams
+from rollout.errors import UserError
+from rollout.evaluation import EvalResult, evaluate, is_correct, pass_at_k
+from rollout.interrupt import RunInterrupted, stop_on_signal
+from rollout.records import Group, Task
+from rollout.run import Observer, RunRecord, read_metrics
+from rollout.sampling import GroupStream, Prompter
+from rollout.tasks import TaskSource, load_tasks
+from rollout.tokenizer import load_tokenizer
+from rollout.weights import WeightSync
+from verifiers.pool import ScorePool, VerifierSpec
+
+LEARNER_STATE = "learner.pt"
+STAGES = ("base", "start", "eval", "sampling", "scoring", "learning", "sync", "other")
+FAILED = ("error", "timeout")
+
+
+class VerifierFailureError(RuntimeError):
+    """The verifier failed on more samples of a step than the config allows."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tasks of a run, opened and checked before anything expensive starts."""
+
+    source: TaskSource
+    eval_tasks: list[Task]
+
+
+def open_inputs(config: TrainConfig) -> Inputs:
+    """Load both data sets and try the verifiers; UserError or the verifier's own error for bad input."""
+    source, held_out = load_tasks(config.data), load_tasks(config.eval.data)
+    if len(source) < config.num_prompts:
+        raise UserError(f"num_prompts={config.num_prompts} exceeds the {len(source)} rows of the training data.")
+    if len(held_out) < config.eval.num_problems:
+        raise UserError(f"eval.num_problems={config.eval.num_problems} exceeds the {len(held_out)} held-out rows.")
+    score_pool(config, None).close()
+    return Inputs(source, [held_out.task(i) for i in range(config.eval.num_problems)])
+
+
+def score_pool(config: TrainConfig, log_path: Path | None) -> ScorePool:
+    """The verifier processes; what plug-ins print goes to `log_path`, or nowhere."""
+    specs = [VerifierSpec(name=r.name, verifier=r.verifier, weight=r.weight) for r in config.rewards]
+    scoring = config.scoring
+    return ScorePool(specs, scoring.num_workers, scoring.timeout_s, scoring.memory_limit_mb, log_path=log_path)
+
+
+def train(
+    config: TrainConfig, base_dir: Path, inputs: Inputs, record: RunRecord, observer: Observer, *, base_s: float = 0.0
+) -> dict[str, Any]:
+    """Run, or resume, GRPO from the checkpoint `base_dir` and return the summary, which is in the run folder too.
+
+    On SIGINT or SIGTERM the run finishes its step, saves, and raises RunInterrupted; a second one stops at once.
+    """
+    torch.set_num_threads(config.learner.num_threads)
+    with stop_on_signal() as stop, score_pool(config, record.log_path("verifiers")) as pool:
+        run = _Run(config, base_dir, inputs, pool, record, observer)
+        run.seconds["base"] += base_s
+        started = time.monotonic()
+        observer.stage(
+            "start", f"{config.engine.num_engines} {config.engine.kind} engine(s), {config.engine.placement}"
+        )
+        with running_engines(config.engine, run.weights_dir, record.run_dir / "logs", seed=config.seed) as engine:
+            run.connect(engine)
+            run.seconds["start"] += time.monotonic() - started
+            before = run.measure("eval_before")
+            run.loop(stop)
+            after = run.measure("eval_after")
+        return run.finish(before, after)
+
+
+class _Run:
+    """The state of one run between its steps."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        base_dir: Path,
+        inputs: Inputs,
+        pool: ScorePool,
+        record: RunRecord,
+        observer: Observer,
+    ):
+        self.config, self.inputs, self.pool, self.record, self.observer = config, inputs, pool, record, observer
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.checkpoints = record.run_dir / "checkpoints"
+        latest = latest_checkpoint(self.checkpoints)
+        self.weights_dir = latest or base_dir
+        self.model: DeepseekPolicy = load_policy(self.weights_dir)
+        self.tokenizer = load_tokenizer(self.weights_dir)
+        self.learner = Learner(
+            self.model,
+            config.learner,
+            config.algorithm,
+            temperature=config.sampling.temperature,
+            seed=config.seed,
+            bad_batch_path=record.run_dir / "bad_batch.pt",
+        )
+        self.first_step = 0
+        if latest is not None:
+            state = torch.load(latest / LEARNER_STATE, weights_only=False)
+            self.learner.load_state_dict(state["learner"])
+            self.first_step = state["step"]
+            self.seconds |= state["seconds"]
+            observer.message(f"resuming at step {self.first_step} from {latest}")
+        if record.resumed:
+            record.truncate(self.first_step)
+        self.prompter = self._prompter()
+        self.stop_ids = () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
+
+    def _prompter(self) -> Prompter:
+        config = self.config
+        context = self.model.config.max_position_embeddings
+        if config.engine.max_model_len > context:
+            raise UserError(
+                f"engine.max_model_len={config.engine.max_model_len} exceeds the policy's context of {context} tokens."
+            )
+        prompter = Prompter(
+            self.tokenizer, config.template, config.engine.max_model_len, config.sampling.max_completion_tokens
+        )
+        # Every prompt of a finite data set is checked now; an endless generator is sampled.
+        count = min(len(self.inputs.source), 100_000) if config.data.source != "generator" else 64
+        for task in itertools.chain(self.inputs.eval_tasks, map(self.inputs.source.task, range(count))):
+            prompter.ids(task)
+        return prompter
+
+    def connect(self, engine: Engine) -> None:
+        """Take the engine into use and prove that it computes what the learner computes."""
+        config = self.config
+        self.engine = engine
+        self.sync = WeightSync(
+            engine,
+            vocab_size=self.model.config.vocab_size,
+            engine_dtype=config.engine.dtype,
+            config=config.sync,
+        )
+        self.sync.publish(self.model, self.first_step)
+        params = SamplingParams(
+            temperature=config.sampling.temperature,
+            max_completion_tokens=config.sampling.max_completion_tokens,
+            stop_token_ids=self.stop_ids,
+        )
+        self.stream = GroupStream(
+            engine, self.inputs.source, self.prompter, self.pool, params, config.group_size, config.seed
+        )
+
+    def loop(self, stop: threading.Event) -> None:
+        """Every step from where the run stands, with checkpoints; what goes wrong in a step leaves the last one saved."""
+        config = self.config
+        self.observer.stage("train", f"{config.num_prompts} prompts x {config.group_size} samples")
+        for step in range(self.first_step, config.num_steps):
+            if stop.is_set():
+                self._save(step)
+                raise RunInterrupted(f"stopped before step {step}; go on with\n  {self.record.command_to_resume}")
+            metrics = self._step(step)
+            done = step + 1
+            if config.eval.every_steps and done % config.eval.every_steps == 0 and done < config.num_steps:
+                metrics["eval_pass_at_1"] = self._quick_eval()
+            self.record.record(metrics)
+            self.observer.step(done, config.num_steps, metrics)
+            if done % config.checkpoint.every_steps == 0 or done == config.num_steps:
+                with self._timed("other"):
+                    self._save(done)
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """Sample, score, learn and sync once."""
+        config = self.config
+        start = time.monotonic()
+        groups = self.stream.next_groups(step, config.num_prompts)
+        self._check_verdicts(groups, step)
+        groups = with_advantages(groups, config)
+        samples = [sample for group in groups for sample in group.samples]
+        learning = time.monotonic()
+        batch = build_batch(samples, [sample.advantage or 0.0 for sample in samples])
+        learned = self.learner.step(batch, step)
+        refresh = config.algorithm.reference_refresh_steps
+        if refresh and (step + 1) % refresh == 0:
+            self.learner.refresh_reference()
+        syncing = time.monotonic()
+        report = self.sync.publish(self.model, step + 1)
+        synced = time.monotonic()
+        self.record.write_samples(step, groups, "train", [self.prompter.text(group.task) for group in groups])
+        seconds = {
+            "sampling": self.stream.seconds_sampling,
+            "scoring": self.stream.seconds_scoring,
+            "learning": syncing - learning,
+            "sync": synced - syncing,
+        }
+        total = time.monotonic() - start
+        seconds["other"] = total - sum(seconds.values())
+        for stage, value in seconds.items():
+            self.seconds[stage] += value
+        measured = sample_metrics(groups, [reward.name for reward in config.rewards])
+        return {
+            "step": step,
+            "policy_version": step + 1,
+            **measured,
+            **learned,
+            "probe_gap": report.probe_gap,
+            "tokens_per_s": measured["completion_tokens_total"] / total,
+            "sampling_tokens_per_s": measured["completion_tokens_total"] / max(seconds["sampling"], 1e-9),
+            **{f"seconds_{stage}": value for stage, value in seconds.items()},
+            "seconds_total": total,
+        }
+
+    def _check_verdicts(self, groups: Sequence[Group], step: int) -> None:
+        failed = [s.verdict for g in groups for s in g.samples if s.verdict and s.verdict.status in FAILED]
+        total = sum(len(group.samples) for group in groups)
+        if not failed:
+            return
+        (reason, count), *_ = Counter(verdict.reason for verdict in failed).most_common(1)
+        if len(failed) > self.config.scoring.max_error_share * total:
+            self._save(step)
+            self.record.write_samples(step, groups, "train", [self.prompter.text(group.task) for group in groups])
+            raise VerifierFailureError(
+                f"the verifier failed on {len(failed)} of {total} samples of step {step}, more than scoring.max_error_share="
+                f"{self.config.scoring.max_error_share:g} allows; most often ({count} times): {reason}. The state before "
+                f"this step is saved; mend the verifier and go on with\n  {self.record.command_to_resume}"
+            )
+        self.observer.message(
+            f"step {step}: the verifier failed on {len(failed)} of {total} samples; most often: {reason}"
+        )
+
+    def measure(self, phase: str) -> tuple[EvalResult, list[float]]:
+        """The held-out measurement of a phase with pass@k of each problem; `eval_before` is done once in a run's life."""
+        path = self.record.run_dir / f"{phase}.json"
+        if phase == "eval_before" and path.exists():
+            return read_eval(path)
+        with self._timed("eval"):
+            config = self.config.eval
+            self.observer.stage(
+                "evaluate",
+                f"{config.num_problems} held-out problems x {config.num_samples} samples, {phase.removeprefix('eval_')}",
+            )
+            result, groups = evaluate(
+                self.engine,
+                self.prompter,
+                self.pool,
+                self.inputs.eval_tasks,
+                self._eval_params(),
+                num_samples=config.num_samples,
+                k=config.k,
+                seed=self.config.seed,
+            )
+            each = [pass_at_k(config.num_samples, sum(map(is_correct, g.samples)), config.k) for g in groups]
+            step = 0 if phase == "eval_before" else self.config.num_steps
+            texts = [self.prompter.text(group.task) for group in groups]
+            self.record.write_samples(step, groups, "eval_before" if phase == "eval_before" else "eval_after", texts)
+            self.record.write_json(phase, {**result.to_dict(), "pass_at_k_by_problem": each})
+            self.observer.message(
+                f"{phase.removeprefix('eval_')} training: pass@1 {result.pass_at_1:.3f}, pass@{config.k} {result.pass_at_k:.3f}, "
+                f"majority@{config.k} {result.majority_at_k:.3f}, greedy {result.greedy:.3f}"
+            )
+        return result, each
+
+    def _quick_eval(self) -> float:
+        with self._timed("eval"):
+            result, _ = evaluate(
+                self.engine,
+                self.prompter,
+                self.pool,
+                self.inputs.eval_tasks,
+                self._eval_params(),
+                num_samples=1,
+                k=1,
+                seed=self.config.seed,
+                greedy=False,
+            )
+        return result.pass_at_1
+
+    def _eval_params(self) -> SamplingParams:
+        return SamplingParams(
+            temperature=self.config.eval.temperature,
+            top_p=self.config.eval.top_p,
+            max_completion_tokens=self.config.sampling.max_completion_tokens,
+            stop_token_ids=self.stop_ids,
+        )
+
+    def _save(self, step: int) -> None:
+        """A checkpoint of the state before `step`: Hugging Face files and the learner's state, whole or not at all."""
+        folder = self.checkpoints / f"step-{step:06d}"
+        if (folder / LEARNER_STATE).exists():
+            return
+        # Weights, two optimizer moments and the reference, with a tenth to spare.
+        needed = int(4.4 * sum(p.numel() * p.element_size() for p in self.model.parameters()))
+        with atomic_folder(folder, needed) as temporary:
+            save_policy(self.model, temporary)
+            self.tokenizer.save_pretrained(temporary)
+            state = {"learner": self.learner.state_dict(), "step": step, "seconds": self.seconds}
+            torch.save(state, temporary / LEARNER_STATE)
+        for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.checkpoint.keep]:
+            shutil.rmtree(old)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.monotonic() - start
+
+    def finish(self, before: tuple[EvalResult, list[float]], after: tuple[EvalResult, list[float]]) -> dict[str, Any]:
+        """Merge the samples, write summary.json and the report."""
+        self.observer.stage("report")
+        self.record.finish_samples()
+        (first, first_each), (last, last_each) = before, after
+        metrics = read_metrics(self.record.run_dir)
+        # A skipped step may have had no finite gap.
+        gaps = [m["logprob_gap_mean"] for m in metrics if m["logprob_gap_mean"] is not None]
+        total, active = self.model.num_parameters()
+        verdict, text = learning_or_sharpening(first, first_each, last, last_each)
+        summary = {
+            "pass_at_1_before": first.pass_at_1,
+            "pass_at_1_after": last.pass_at_1,
+            "pass_at_k_before": first.pass_at_k,
+            "pass_at_k_after": last.pass_at_k,
+            "k": last.k,
+            "majority_at_k_before": first.majority_at_k,
+            "majority_at_k_after": last.majority_at_k,
+            "greedy_before": first.greedy,
+            "greedy_after": last.greedy,
+            "num_problems": last.num_problems,
+            "num_samples": last.num_samples,
+            "num_steps": self.config.num_steps,
+            "wall_s": sum(self.seconds.values()),
+            "seconds_by_stage": self.seconds,
+            "logprob_gap_mean": statistics.fmean(gaps) if gaps else None,
+            "logprob_gap_max": max(
+                (m["logprob_gap_max"] for m in metrics if m["logprob_gap_max"] is not None), default=None
+            ),
+            "skipped_steps": sum(m["skipped"] for m in metrics),
+            "engine": self.config.engine.kind,
+            "seed": self.config.seed,
+            "model": {"total_params": total, "active_params": active},
+            "verdict": verdict,
+            "learning_or_sharpening": text,
+            "checkpoint": str(latest_checkpoint(self.checkpoints)),
+        }
+        self.record.write_json("summary", summary)
+        write_report(self.record.run_dir)
+        return summary
+
+
+def with_advantages(groups: Sequence[Group], config: TrainConfig) -> list[Group]:
+    """The groups with an advantage on every sample; where the verifier failed it is 0 and leaves the mean as it is."""
+    rewards = torch.tensor([[s.verdict.score if s.verdict else math.nan for s in g.samples] for g in groups])
+    failed = torch.tensor([[s.verdict is None or s.verdict.status in FAILED for s in g.samples] for g in groups])
+    means = rewards.masked_fill(failed, 0).sum(1, keepdim=True) / (~failed).sum(1, keepdim=True).clamp(min=1)
+    algorithm = config.algorithm
+    advantages = group_advantages(
+        torch.where(failed, means, rewards),
+        std=algorithm.advantage_std,
+        ddof=algorithm.advantage_ddof,
+        eps=algorithm.advantage_eps,
+    ).masked_fill(failed, 0.0)
+    return [
+        replace(group, samples=tuple(replace(s, advantage=a) for s, a in zip(group.samples, row, strict=True)))
+        for group, row in zip(groups, advantages.tolist(), strict=True)
+    ]
+
+
+def sample_metrics(groups: Sequence[Group], reward_names: Sequence[str]) -> dict[str, Any]:
+    """What a step's samples say before any learning: rewards, verdicts and lengths in tokens."""
+    samples = [sample for group in groups for sample in group.samples]
+    verdicts = [sample.verdict for sample in samples if sample.verdict is not None]
+    lengths = [len(sample.completion_ids) for sample in samples]
+    statuses = Counter(verdict.status for verdict in verdicts)
+    metrics: dict[str, Any] = {
+        "reward_mean": statistics.fmean(verdict.score for verdict in verdicts),
+        "accuracy": statuses["correct"] / len(samples),
+        "informative_groups": sum(len({s.advantage for s in g.samples}) > 1 for g in groups) / len(groups),
+        "completion_tokens_mean": statistics.fmean(lengths),
+        "completion_tokens_max": max(lengths),
+        "completion_tokens_total": sum(lengths),
+        "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+    }
+    for name in reward_names:
+        metrics[f"reward_{name}"] = statistics.fmean(verdict.parts.get(name, 0.0) for verdict in verdicts)
+    if "format" in reward_names:
+        metrics["format_rate"] = metrics["reward_format"]
+    for status in ("correct", "wrong", "unparsable", "timeout", "error"):
+        metrics[f"status_{status}"] = statuses[status]
+    return metrics
+
+
+def learning_or_sharpening(
+    before: EvalResult, before_each: Sequence[float], after: EvalResult, after_each: Sequence[float]
+) -> tuple[str, str]:
+    """("learning" | "sharpening" | "neither", a sentence with the figures and their standard errors over problems).
+
+    Learning: pass@k rose by more than two standard errors, so the policy solves what k samples of the base did not.
+    Sharpening: only pass@1 rose, the policy more often gives answers that it could give before.
+    """
+    k = after.k
+    gains = [b - a for a, b in zip(before_each, after_each, strict=True)]
+    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+    gain = after.pass_at_k - before.pass_at_k
+    figures = (
+        f"pass@{k} went from {before.pass_at_k:.3f} to {after.pass_at_k:.3f} ({gain:+.3f}, standard error {error:.3f}), "
+        f"pass@1 from {before.pass_at_1:.3f} to {after.pass_at_1:.3f}"
+    )
+    if gain > 2 * error:
+        return (
+            "learning",
+            f"Learning, not only sharpening: {figures}. The policy solves problems that {k} samples of the base did not.",
+        )
+    if after.pass_at_1 > before.pass_at_1:
+        return (
+            "sharpening",
+            f"Sharpening: {figures}. The policy gives more often what {k} samples of the base already held.",
+        )
+    return "neither", f"Neither learning nor sharpening: {figures}."
+
+
+def read_eval(path: Path) -> tuple[EvalResult, list[float]]:
+    """A measurement as `_Run.measure` wrote it."""
+    values = json.loads(path.read_text())
+    each = values.pop("pass_at_k_by_problem")
+    return EvalResult(**values), each
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a run's checkpoints folder; None if there is none."""
+    whole = [path for path in sorted(folder.glob("step-*")) if (path / LEARNER_STATE).is_file()]
+    return whole[-1] if whole else None

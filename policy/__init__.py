@@ -1,0 +1,1 @@
+"""The DeepSeek-V3-architecture policy: model, token log-probabilities, checkpoints and optimizers."""

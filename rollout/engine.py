@@ -1,0 +1,53 @@
+"""The two methods every engine has, and the records they take and return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from rollout.records import FinishReason
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to sample: temperature 0 is greedy; a completion ends at a stop token (kept) or after max_completion_tokens."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_completion_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled continuation: ids as sampled, one log-probability (natural log) per id, and the weights' version."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    policy_version: int
+
+
+class Engine(Protocol):
+    """Samples completions with some version of the policy's weights."""
+
+    name: str
+    policy_version: int
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion per prompt, in order; a group is one prompt repeated with other seeds."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Replace all weights (Hugging Face names, one entry per expert) and take `version`."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine's processes and memory."""
+        ...

@@ -1,0 +1,165 @@
+"""The vLLM engine, in this process: sampling with vLLM's kernels, and weights replaced in place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout.engine import Completion, SamplingParams
+from rollout.engine_checks import check_request, check_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class VllmEngine:
+    """Samples with vLLM 0.32 from a Hugging Face checkpoint folder; ValueError for weights or prompts that don't fit.
+
+    Starting it sets environment variables and, on the CPU, replaces `torch.set_num_threads` and turns torch.compile
+    off in this process: in a program that also trains, run it in a process of its own (`rollout.cluster`).
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | Path,
+        *,
+        max_model_len: int,
+        dtype: str = "float32",
+        kv_cache_gib: float = 1,
+        num_threads: int = 1,
+        max_num_seqs: int = 256,
+        seed: int = 0,
+        name: str = "engine-0",
+    ) -> None:
+        self.name = name
+        self.policy_version = 0
+        self.max_model_len = max_model_len
+        self._shapes = checkpoint_shapes(Path(checkpoint_dir))
+        _set_environment(num_threads)
+        import torch
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        torch.set_num_threads(num_threads)
+        on_cpu = current_platform.is_cpu()
+        cpu_only: dict[str, Any] = {
+            # The CPU's in-place rotary kernel works on a copy here: positions are silently lost. Torch's own is right.
+            "compilation_config": {"custom_ops": ["-rotary_embedding"]},
+            # The same latent-attention kernel on every processor, with and without matrix tiles.
+            "attention_config": {"backend": "CPU_MLA"},
+        }
+        self._llm: Any = LLM(
+            model=str(checkpoint_dir),
+            skip_tokenizer_init=True,
+            dtype=dtype,  # type: ignore[arg-type]
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+            seed=seed,
+            enforce_eager=on_cpu,
+            # Cached keys and values would outlive the weights that made them.
+            enable_prefix_caching=False,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            worker_extension_cls="rollout.vllm_worker.WeightUpdateExtension",
+            **(cpu_only if on_cpu else {}),
+        )
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion per prompt, in order; log-probabilities are after temperature and top-p (raw when greedy)."""
+        from vllm import SamplingParams as VllmSamplingParams
+
+        check_request(prompts, params, seeds, self.max_model_len)
+        if not prompts:
+            return []
+        vllm_params = [
+            VllmSamplingParams(
+                temperature=params.temperature,
+                top_p=params.top_p,
+                max_tokens=params.max_completion_tokens,
+                stop_token_ids=list(params.stop_token_ids),
+                # Only the stop tokens named above end a completion, whatever the checkpoint's config says.
+                ignore_eos=True,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                seed=seed,
+            )
+            for seed in seeds
+        ]
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._llm.generate(requests, vllm_params, use_tqdm=False)  # type: ignore[arg-type]
+        return [self._completion(output.outputs[0]) for output in outputs]
+
+    def _completion(self, output: Any) -> Completion:
+        token_ids, logprobs = list(output.token_ids), list(output.logprobs.logprobs)
+        if len(logprobs) != len(token_ids):
+            raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(token_ids)} tokens")
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a completion with finish_reason {output.finish_reason!r}")
+        return Completion(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=output.finish_reason,
+            policy_version=self.policy_version,
+        )
+
+    def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Replace all weights and take `version`; ValueError lists names or shapes unlike the checkpoint's."""
+        check_weights({name: tuple(weight.shape) for name, weight in weights.items()}, self._shapes)
+        self._llm.collective_rpc("replace_weights", args=(list(weights.items()),))
+        self.policy_version = version
+
+    def close(self) -> None:
+        """Drop the model and its cache."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+
+def _set_environment(num_threads: int) -> None:
+    """vLLM reads these when it is imported, so they are set first; a value that the user has set stays."""
+    import torch
+
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model lives in this process
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(num_threads),
+    }
+    if not torch.cuda.is_available():
+        settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # other processes share the cores
+        # Without graphs, only the rank of sampled tokens is compiled: 10 s and a C++ compiler for an unused number.
+        settings["TORCHDYNAMO_DISABLE"] = "1"
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
+
+
+def checkpoint_shapes(checkpoint_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each weight in the folder's safetensors files, read from their headers alone."""
+    from safetensors import safe_open
+
+    files = sorted(checkpoint_dir.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{checkpoint_dir} holds no .safetensors file: give a Hugging Face checkpoint folder")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            shapes.update({name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()})  # noqa: SIM118 (not a dict)
+    return _without_prediction_layers(shapes, checkpoint_dir)
+
+
+def _without_prediction_layers(shapes: dict[str, tuple[int, ...]], checkpoint_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Leave out the multi-token-prediction layers, which sampling does not use: they follow the last decoder layer."""
+    num_layers = json.loads((checkpoint_dir / "config.json").read_text())["num_hidden_layers"]
+
+    def layer_index(name: str) -> int:
+        parts = name.split(".")
+        return int(parts[2]) if parts[:2] == ["model", "layers"] else -1
+
+    return {name: shape for name, shape in shapes.items() if layer_index(name) < num_layers}

@@ -1,0 +1,1 @@
+"""The command line: parse, build, call. Nothing imports this package."""

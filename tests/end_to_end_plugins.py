@@ -1,0 +1,17 @@
+"""Verifiers that misbehave, named in configs by the end-to-end tests."""
+
+from __future__ import annotations
+
+from verifiers.verdict import TaskLike
+
+
+def fails_now_and_then(completion: str, task: TaskLike) -> float:
+    """Raises on about one completion in six, by its text."""
+    if sum(completion.encode()) % 6 == 0:
+        raise ValueError("this completion is more than I can take")
+    return float(sum(completion.encode()) % 2)
+
+
+def always_fails(completion: str, task: TaskLike) -> float:
+    """Raises on everything."""
+    raise ValueError("no completion is good enough")

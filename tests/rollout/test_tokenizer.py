@@ -1,0 +1,121 @@
+"""The trained tokenizer: any text comes back, digits stand alone, tags are one token, transformers can load it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout.arithmetic import generate_documents
+from rollout.errors import UserError
+from rollout.records import Task
+from rollout.templates import R1_ZERO, render
+from rollout.tokenizer import END, PAD, TAGS, load_tokenizer, train_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+BEFORE, _, AFTER = R1_ZERO.partition("{question}")
+CHAT = f"{{{{ {BEFORE!r} + messages[-1]['content'] + {AFTER!r} }}}}"
+TEXTS = [f"{BEFORE}{task.prompt}{AFTER}{task.answer}" for task in generate_documents(0, "train", 0, 200)]
+TOKENIZER: Any = train_tokenizer(TEXTS, 420, CHAT)
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def plain_pieces(text: str) -> list[str]:
+    return [TOKENIZER.decode([token]) for token in encode(text)]
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+        | st.sampled_from([*TAGS, " ", "\n\n", "12", END]),
+        max_size=8,
+    ).map("".join)
+)
+def test_any_text_comes_back(text: str) -> None:
+    assert TOKENIZER.decode(encode(text)) == text
+    assert all(0 <= token < len(TOKENIZER) for token in encode(text))
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(st.text("0123456789 +*=()<>aß٣é\n", max_size=30))
+def test_digits_stand_alone(text: str) -> None:
+    assert sum(piece in "0123456789" for piece in plain_pieces(text)) == len(re.findall("[0-9]", text))
+
+
+def test_no_token_holds_a_digit_and_something_else() -> None:
+    for token in range(len(TOKENIZER)):
+        piece = TOKENIZER.decode([token])
+        assert len(piece) == 1 or not re.search("[0-9]", piece), piece
+
+
+@pytest.mark.parametrize("tag", [*TAGS, END, PAD])
+def test_tags_and_ends_are_single_tokens_wherever_they_stand(tag: str) -> None:
+    (token,) = encode(tag)
+    for text in (f"x{tag}", f"{tag}1{tag}", f"\n{tag} {tag}\n"):
+        assert encode(text).count(token) == text.count(tag)
+
+
+def test_tags_are_kept_where_end_and_pad_are_skipped() -> None:
+    text = f"<think>\n1+1</think> <answer>2</answer>{END}{PAD}"
+    assert TOKENIZER.decode(encode(text), skip_special_tokens=True) == text.removesuffix(END + PAD)
+    assert (TOKENIZER.eos_token, TOKENIZER.pad_token) == (END, PAD)
+    assert encode(END) == [TOKENIZER.eos_token_id]
+    assert encode(PAD) == [TOKENIZER.pad_token_id]
+
+
+def test_the_prompt_that_every_text_repeats_costs_few_tokens() -> None:
+    prompt = BEFORE + "37 + 48 * 2" + AFTER
+    assert len(encode(prompt)) < 40 < len(prompt) / 5
+
+
+def test_the_vocabulary_is_within_its_limit_and_training_is_deterministic() -> None:
+    assert 256 + 6 < len(TOKENIZER) <= 420
+    again: Any = train_tokenizer(TEXTS, 420, CHAT)
+    assert again.get_vocab() == TOKENIZER.get_vocab()
+    assert sorted(TOKENIZER.get_vocab().values()) == list(range(len(TOKENIZER)))
+
+
+def test_transformers_loads_what_was_saved(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    for loaded in (
+        transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True),
+        load_tokenizer(tmp_path),
+    ):
+        assert loaded.get_vocab() == TOKENIZER.get_vocab()
+        assert (loaded.eos_token_id, loaded.pad_token_id) == (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id)
+        assert loaded.chat_template == CHAT
+        for text in (TEXTS[3], f"<think>é ٣ 007</think>{END}"):
+            ids = loaded(text, add_special_tokens=False)["input_ids"]
+            assert ids == encode(text)
+            assert loaded.decode(ids) == text
+            assert loaded.decode(ids, skip_special_tokens=True) == text.removesuffix(END)
+
+
+def test_the_chat_template_renders_the_prompt_template() -> None:
+    question = "37 + 48 * 2 {braces} {{ 'jinja' }}"
+    task = Task(task_id="t", prompt=question, answer=1)
+    rendered = TOKENIZER.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    assert rendered == render("r1_zero", task)
+
+
+def test_a_folder_with_the_tokenizer_file_alone_is_enough(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    loaded: Any = load_tokenizer(tmp_path)
+    assert loaded(TEXTS[0], add_special_tokens=False)["input_ids"] == encode(TEXTS[0])
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no tokenizer\.json: save the tokenizer beside the weights"):
+        load_tokenizer(tmp_path)
