@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import math
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +38,7 @@ from rollout.run import Observer
 from rollout.sampling import Prompter
 from rollout.tasks import DataConfig, load_tasks
 from rollout.templates import TEMPLATES, check_template
-from rollout.tokenizer import load_tokenizer, train_tokenizer
+from rollout.tokenizer import load_tokenizer, stop_ids, train_tokenizer
 from rollout.torch_engine import TorchEngine
 from verifiers.pool import ScorePool, VerifierSpec
 
@@ -66,17 +68,17 @@ def _shape(values: dict[str, Any]) -> dict[str, Any]:
 class SftOptimizerConfig(_Table):
     """Muon for weight matrices, AdamW for the rest (embedding, head, router, norms); rates decay linearly to 0."""
 
-    muon_lr: float = Field(0.02, gt=0, description="learning rate of weight matrices")
-    adamw_lr: float = Field(0.01, gt=0, description="learning rate of embedding, head, router and norm gains")
-    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    muon_lr: float = Field(default=0.02, gt=0, description="learning rate of weight matrices")
+    adamw_lr: float = Field(default=0.01, gt=0, description="learning rate of embedding, head, router and norm gains")
+    warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up")
     decay_share: float = Field(
-        0.3, gt=0, le=1, description="share of max_steps, at the end, in which the rates fall to 0"
+        default=0.3, gt=0, le=1, description="share of max_steps, at the end, in which the rates fall to 0"
     )
     max_grad_norm: float = Field(
-        1.0, gt=0, description="gradients of the AdamW parameters are scaled down to this norm"
+        default=1.0, gt=0, description="gradients of the AdamW parameters are scaled down to this norm"
     )
     balance_gamma: float = Field(
-        0.01, ge=0, description="step of the routing biases towards even load, per optimizer step"
+        default=0.01, ge=0, description="step of the routing biases towards even load, per optimizer step"
     )
 
 
@@ -84,35 +86,35 @@ class SftEvalConfig(_Table):
     """The measured quality that training stops at."""
 
     data: DataConfig = Field(description="held-out tasks")
-    verifier: str = Field("numeric", description="what judges a completion")
-    num_problems: int = Field(128, ge=1, description="how many tasks, from the first")
-    num_samples: int = Field(2, ge=1, description="samples per task at temperature 1")
-    every_steps: int = Field(50, ge=1, description="measure every so many steps")
-    max_completion_tokens: int = Field(128, ge=1, description="longest completion, in tokens")
+    verifier: str = Field(default="numeric", description="what judges a completion")
+    num_problems: int = Field(default=128, ge=1, description="how many tasks, from the first")
+    num_samples: int = Field(default=2, ge=1, description="samples per task at temperature 1")
+    every_steps: int = Field(default=50, ge=1, description="measure every so many steps")
+    max_completion_tokens: int = Field(default=128, ge=1, description="longest completion, in tokens")
     stop_pass_at_1: float = Field(ge=0, le=1, description="training stops when pass@1 reaches this")
-    required: bool = Field(True, description="whether not reaching it by max_steps is an error")
+    required: bool = Field(default=True, description="whether not reaching it by max_steps is an error")
 
 
 class SftConfig(_Table):
     """A supervised run from random weights (`model`) or from a checkpoint (`init`)."""
 
     name: str = Field(min_length=1, description="name of the run")
-    seed: int = Field(0, ge=0, description="seed of weights and documents")
-    output_dir: Path = Field(Path("runs/base"), description="finished models are kept here, by content")
-    template: Annotated[str, AfterValidator(check_template)] = Field("r1_zero", description="prompt template")
-    init: Path | None = Field(None, description="checkpoint to start from, with its tokenizer")
+    seed: int = Field(default=0, ge=0, description="seed of weights and documents")
+    output_dir: Path = Field(default=Path("runs/base"), description="finished models are kept here, by content")
+    template: Annotated[str, AfterValidator(check_template)] = Field(default="r1_zero", description="prompt template")
+    init: Path | None = Field(default=None, description="checkpoint to start from, with its tokenizer")
     model: Annotated[dict[str, Any], AfterValidator(_shape)] | None = Field(
-        None, description="shape of a new policy: PolicyConfig's fields but vocab_size"
+        default=None, description="shape of a new policy: PolicyConfig's fields but vocab_size"
     )
-    vocab_size: int = Field(512, ge=300, description="largest vocabulary of the new tokenizer")
-    tokenizer_documents: int = Field(2000, ge=1, description="documents that the new tokenizer is trained on")
+    vocab_size: int = Field(default=512, ge=300, description="largest vocabulary of the new tokenizer")
+    tokenizer_documents: int = Field(default=2000, ge=1, description="documents that the new tokenizer is trained on")
     data: DataConfig = Field(description="documents: the prompt is the question, the answer is the completion's text")
-    num_documents: int = Field(128, ge=1, description="documents per optimizer step")
+    num_documents: int = Field(default=128, ge=1, description="documents per optimizer step")
     max_steps: int = Field(ge=1, description="optimizer steps at most")
     max_tokens_per_microbatch: int = Field(
-        8192, ge=1, description="tokens in one forward pass; a matter of memory only"
+        default=8192, ge=1, description="tokens in one forward pass; a matter of memory only"
     )
-    num_threads: int = Field(2, ge=1, description="CPU threads")
+    num_threads: int = Field(default=2, ge=1, description="CPU threads")
     optimizer: SftOptimizerConfig = Field(default_factory=SftOptimizerConfig, description="optimizers")
     eval: SftEvalConfig = Field(description="the quality to stop at")
 
@@ -138,6 +140,11 @@ def output_folder(config: SftConfig) -> Path:
     for pattern in MADE_BY:
         for path in sorted(ROOT.glob(pattern)):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in filter(None, (config.init, config.data.path, config.eval.data.path)):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                with file.open("rb") as content:
+                    digest.update(hashlib.file_digest(content, "sha256").digest())
     return config.output_dir / f"{config.name}-{config.seed}-{digest.hexdigest()[:12]}"
 
 
@@ -153,8 +160,6 @@ def train_sft(config: SftConfig, observer: Observer) -> SftResult:
             specs = [VerifierSpec(name="accuracy", verifier=config.eval.verifier)]
             with stop_on_signal() as stop, ScorePool(specs) as pool:
                 _Training(config, folder, pool, observer).run(stop)
-    import json
-
     measured = json.loads((folder / "quality.json").read_text())
     return SftResult(folder, measured["pass_at_1"], time.monotonic() - started)
 
@@ -170,7 +175,9 @@ class _Training:
         held_out = load_tasks(config.eval.data)
         count = min(config.eval.num_problems, len(held_out))
         self.problems = [held_out.task(index) for index in range(count)]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = self._start()
+        self.model.to(self.device)
         context = self.model.config.max_position_embeddings
         self.prompter = Prompter(self.tokenizer, config.template, context, config.eval.max_completion_tokens)
         for problem in self.problems:
@@ -238,6 +245,7 @@ class _Training:
             save_policy(self.model, temporary)
             self.tokenizer.save_pretrained(temporary)
             write_json(temporary / "quality.json", {"pass_at_1": quality, "steps": self.step, "seed": config.seed})
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _train_step(self, rate: float) -> dict[str, float]:
         config, start = self.config, time.monotonic()
@@ -278,13 +286,15 @@ class _Training:
         """Prompt ids and completion ids, end token included."""
         prompt = list(self.prompter.ids(task))
         completion = self.tokenizer(str(task.answer), add_special_tokens=False)["input_ids"]
-        return prompt, [*completion, int(self.tokenizer.eos_token_id)]  # type: ignore[list-item]
+        return prompt, [*completion, *stop_ids(self.tokenizer)]
 
     def _loss(self, pairs: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
         """Summed negative log-likelihood of the completions, in nats."""
-        input_ids = torch.tensor([token for prompt, completion in pairs for token in (*prompt, *completion)])
-        _, position_ids, cu_seqlens = layout(torch.tensor([len(p) + len(c) for p, c in pairs]))
-        mask = torch.tensor([place >= len(p) for p, c in pairs for place in range(len(p) + len(c))])
+        device = self.device
+        tokens = [token for prompt, completion in pairs for token in (*prompt, *completion)]
+        _, position_ids, cu_seqlens = layout(torch.tensor([len(p) + len(c) for p, c in pairs], device=device))
+        mask = torch.tensor([place >= len(p) for p, c in pairs for place in range(len(p) + len(c))], device=device)
+        input_ids = torch.tensor(tokens, device=device)
         logprobs, _ = token_logprobs(self.model, input_ids, position_ids, cu_seqlens, mask=mask)
         return -logprobs.sum()
 
@@ -294,7 +304,7 @@ class _Training:
         engine = TorchEngine(self.model, max_model_len=self.model.config.max_position_embeddings)
         params = SamplingParams(
             max_completion_tokens=config.max_completion_tokens,
-            stop_token_ids=(int(self.tokenizer.eos_token_id),),  # type: ignore[arg-type]
+            stop_token_ids=stop_ids(self.tokenizer),
         )
         result, _ = evaluate(
             engine,
@@ -320,7 +330,7 @@ class _Training:
             torch.save(state, temporary / "state.pt")
 
     def _resume(self) -> None:
-        state = torch.load(self.partial / "state.pt", weights_only=True)
+        state = torch.load(self.partial / "state.pt", map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])

@@ -21,8 +21,10 @@ class _Table(BaseModel):
 class PolicySource(_Table):
     """Where the policy's first weights come from: exactly one of the two."""
 
-    path: Path | None = Field(None, description="checkpoint folder in Hugging Face format, with its tokenizer")
-    sft_config: Path | None = Field(None, description="config of the supervised run that makes the base model (cached)")
+    path: Path | None = Field(default=None, description="checkpoint folder in Hugging Face format, with its tokenizer")
+    sft_config: Path | None = Field(
+        default=None, description="config of the supervised run that makes the base model (cached)"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> PolicySource:
@@ -36,60 +38,71 @@ class RewardConfig(_Table):
 
     name: str = Field(min_length=1, description="name of the part in verdicts and metrics")
     verifier: str = Field(description="built-in name (numeric, format) or 'package.module:function'")
-    weight: float = Field(1.0, allow_inf_nan=False, description="factor on this part's score")
+    weight: float = Field(default=1.0, allow_inf_nan=False, description="factor on this part's score")
 
 
 class ScoringConfig(_Table):
     """The verifier processes."""
 
-    num_workers: int = Field(2, ge=1, description="verifier processes")
+    num_workers: int = Field(default=2, ge=1, description="verifier processes")
     timeout_s: float = Field(
-        5.0, gt=0, description="longest time for one sample, in seconds, from its start in the worker"
+        default=5.0, gt=0, description="longest time for one sample, in seconds, from its start in the worker"
     )
-    memory_limit_mb: int = Field(1024, ge=64, description="most memory of one verifier process, in MiB")
+    memory_limit_mb: int = Field(default=1024, ge=64, description="most memory of one verifier process, in MiB")
     max_error_share: float = Field(
-        0.2, ge=0, le=1, description="the run stops when more than this share of a step's verdicts is error or timeout"
+        default=0.2,
+        ge=0,
+        le=1,
+        description="the run stops when more than this share of a step's verdicts is error or timeout",
     )
 
 
 class TrainSamplingConfig(_Table):
     """How training samples are drawn. There is no top_p: cutting off tokens would make the ratios wrong."""
 
-    temperature: float = Field(1.0, gt=0, description="softmax temperature, of the engine and of the learner alike")
-    max_completion_tokens: int = Field(256, ge=1, description="longest completion, in tokens")
+    temperature: float = Field(
+        default=1.0, gt=0, description="softmax temperature, of the engine and of the learner alike"
+    )
+    max_completion_tokens: int = Field(default=256, ge=1, description="longest completion, in tokens")
 
 
 class AlgorithmConfig(_Table):
     """The loss; formulas and sources in docs/LOSSES.md."""
 
-    advantage_std: Literal["group", "none"] = Field("group", description="divide advantages by the group's std, or not")
-    advantage_ddof: int = Field(1, ge=0, le=1, description="degrees of freedom taken off in that std")
-    advantage_eps: float = Field(1e-6, ge=0, description="added to that std")
+    advantage_std: Literal["group", "none"] = Field(
+        default="group", description="divide advantages by the group's std, or not"
+    )
+    advantage_ddof: int = Field(default=1, ge=0, le=1, description="degrees of freedom taken off in that std")
+    advantage_eps: float = Field(default=1e-6, ge=0, description="added to that std")
     ratio_level: Literal["token", "sequence"] = Field(
-        "token", description="importance ratio per token or sequence (GSPO)"
+        default="token", description="importance ratio per token or sequence (GSPO)"
     )
     surrogate: Literal["clip", "cispo"] = Field(
-        "clip", description="PPO's clipped surrogate, or CISPO's clipped weight"
+        default="clip", description="PPO's clipped surrogate, or CISPO's clipped weight"
     )
-    clip_low: float = Field(0.2, ge=0, lt=1, description="the ratio is clipped below 1 - clip_low")
-    clip_high: float = Field(0.28, ge=0, description="the ratio is clipped above 1 + clip_high")
-    dual_clip: float | None = Field(None, gt=1, description="bound on the loss of a negative advantage, times |A|")
+    clip_low: float = Field(default=0.2, ge=0, lt=1, description="the ratio is clipped below 1 - clip_low")
+    clip_high: float = Field(default=0.28, ge=0, description="the ratio is clipped above 1 + clip_high")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="bound on the loss of a negative advantage, times |A|"
+    )
     cispo_ratio_max: float = Field(
-        5.0, gt=0, description="largest importance weight of CISPO (a ratio, not a distance)"
+        default=5.0, gt=0, description="largest importance weight of CISPO (a ratio, not a distance)"
     )
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = Field(
-        "token_mean", description="how token losses are summed over an optimizer step"
+        default="token_mean", description="how token losses are summed over an optimizer step"
     )
-    constant_length: int | None = Field(None, ge=1, description="the constant of aggregation 'constant', in tokens")
+    constant_length: int | None = Field(
+        default=None, ge=1, description="the constant of aggregation 'constant', in tokens"
+    )
     kl_coef: float = Field(
-        0.001, ge=0, description="weight of the KL to the reference in the loss; 0 loads no reference"
+        default=0.001, ge=0, description="weight of the KL to the reference in the loss; 0 loads no reference"
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="estimator of that KL per token")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="estimator of that KL per token")
     kl_importance_weighted: bool = Field(
-        False, description="weight the KL by the ratio (DeepSeek-V3.2's unbiased estimate)"
+        default=False, description="weight the KL by the ratio (DeepSeek-V3.2's unbiased estimate)"
     )
     reference_refresh_steps: int = Field(
-        0, ge=0, description="the reference becomes the policy every so many steps; 0: never"
+        default=0, ge=0, description="the reference becomes the policy every so many steps; 0: never"
     )
 
     @model_validator(mode="after")
@@ -110,22 +123,22 @@ def _known_groups(scale: dict[str, float]) -> dict[str, float]:
 class LearnerConfig(_Table):
     """The optimizer and the cuts of a step's samples. A step's samples are num_prompts * group_size."""
 
-    lr: float = Field(1e-6, gt=0, description="learning rate of AdamW")
+    lr: float = Field(default=1e-6, gt=0, description="learning rate of AdamW")
     lr_scale: Annotated[dict[str, float], AfterValidator(_known_groups)] = Field(
         default_factory=dict,
         description="factor on lr by layer group: norms, head, embedding, attention, router, experts, ...",
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; norm gains never decay")
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    num_minibatches: int = Field(1, ge=1, description="optimizer steps per rollout step")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay; norm gains never decay")
+    warmup_steps: int = Field(default=0, ge=0, description="optimizer steps of linear warm-up")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per rollout step")
     max_tokens_per_microbatch: int = Field(
-        8192, ge=1, description="tokens in one forward pass; a matter of memory only"
+        default=8192, ge=1, description="tokens in one forward pass; a matter of memory only"
     )
-    num_threads: int = Field(2, ge=1, description="CPU threads of the learner")
+    num_threads: int = Field(default=2, ge=1, description="CPU threads of the learner")
     max_skipped_steps: int = Field(
-        3, ge=1, description="the run stops after so many optimizer steps in a row without a finite loss"
+        default=3, ge=1, description="the run stops after so many optimizer steps in a row without a finite loss"
     )
 
 
@@ -133,13 +146,13 @@ class EvalConfig(_Table):
     """The measurement on held-out tasks before, after and, if wished, while training."""
 
     data: DataConfig = Field(description="held-out tasks")
-    num_problems: int = Field(128, ge=1, description="how many of them, from the first")
-    num_samples: int = Field(16, ge=1, description="samples per problem; pass@1 is their mean")
-    k: int = Field(8, ge=1, description="k of pass@k (unbiased) and of majority@k")
-    temperature: float = Field(1.0, gt=0, description="softmax temperature")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
+    num_problems: int = Field(default=128, ge=1, description="how many of them, from the first")
+    num_samples: int = Field(default=16, ge=1, description="samples per problem; pass@1 is their mean")
+    k: int = Field(default=8, ge=1, description="k of pass@k (unbiased) and of majority@k")
+    temperature: float = Field(default=1.0, gt=0, description="softmax temperature")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampling")
     every_steps: int = Field(
-        0, ge=0, description="also measure pass@1 with one sample each every so many steps; 0: never"
+        default=0, ge=0, description="also measure pass@1 with one sample each every so many steps; 0: never"
     )
 
     @model_validator(mode="after")
@@ -152,21 +165,21 @@ class EvalConfig(_Table):
 class CheckpointConfig(_Table):
     """What is kept for resuming and for use."""
 
-    every_steps: int = Field(20, ge=1, description="a checkpoint every so many steps, and one at the end")
-    keep: int = Field(2, ge=1, description="how many of the newest are kept")
+    every_steps: int = Field(default=20, ge=1, description="a checkpoint every so many steps, and one at the end")
+    keep: int = Field(default=2, ge=1, description="how many of the newest are kept")
 
 
 class TrainConfig(_Table):
     """A GRPO run."""
 
     name: str = Field(min_length=1, description="name of the run")
-    seed: int = Field(0, ge=0, description="seed of the base model, of problems and of sampling")
-    run_dir: str = Field("runs/{name}-{seed}", description="the run's folder; {name} and {seed} are filled in")
+    seed: int = Field(default=0, ge=0, description="seed of the base model, of problems and of sampling")
+    run_dir: str = Field(default="runs/{name}-{seed}", description="the run's folder; {name} and {seed} are filled in")
     num_steps: int = Field(ge=1, description="rollout steps")
     num_prompts: int = Field(ge=1, description="prompts per step")
     group_size: int = Field(ge=2, description="samples per prompt, relative to each other when scored")
     template: Annotated[str, AfterValidator(check_template)] = Field(
-        "r1_zero", description="prompt template: r1_zero, plain, chat, or a text with {question} in it"
+        default="r1_zero", description="prompt template: r1_zero, plain, chat, or a text with {question} in it"
     )
     policy: PolicySource = Field(description="the first weights")
     data: DataConfig = Field(description="training tasks")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import shutil
 import statistics
 import threading
@@ -12,16 +10,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grpo.advantages import group_advantages
 from grpo.batch import build_batch
 from grpo.config import TrainConfig
 from grpo.learner import Learner
+from grpo.measures import FAILED, learning_or_sharpening, read_eval, sample_metrics, with_advantages
 from grpo.report import write_report
 from policy.checkpoint import atomic_folder, load_policy, save_policy
 from policy.deepseek import DeepseekPolicy
@@ -34,13 +32,12 @@ from rollout.records import Group, Task
 from rollout.run import Observer, RunRecord, read_metrics
 from rollout.sampling import GroupStream, Prompter
 from rollout.tasks import TaskSource, load_tasks
-from rollout.tokenizer import load_tokenizer
+from rollout.tokenizer import load_tokenizer, stop_ids
 from rollout.weights import WeightSync
 from verifiers.pool import ScorePool, VerifierSpec
 
 LEARNER_STATE = "learner.pt"
 STAGES = ("base", "start", "eval", "sampling", "scoring", "learning", "sync", "other")
-FAILED = ("error", "timeout")
 
 
 class VerifierFailureError(RuntimeError):
@@ -74,23 +71,33 @@ def score_pool(config: TrainConfig, log_path: Path | None) -> ScorePool:
 
 
 def train(
-    config: TrainConfig, base_dir: Path, inputs: Inputs, record: RunRecord, observer: Observer, *, base_s: float = 0.0
+    config: TrainConfig,
+    base_dir: Path,
+    inputs: Inputs,
+    record: RunRecord,
+    observer: Observer,
+    *,
+    base_s: float = 0.0,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Run, or resume, GRPO from the checkpoint `base_dir` and return the summary, which is in the run folder too.
+
+    `began` is the `time.monotonic()` from which the run's wall time counts (default: now), `base_s` what of it went into
+    making the base.
 
     On SIGINT or SIGTERM the run finishes its step, saves, and raises RunInterrupted; a second one stops at once.
     """
     torch.set_num_threads(config.learner.num_threads)
     with stop_on_signal() as stop, score_pool(config, record.log_path("verifiers")) as pool:
-        run = _Run(config, base_dir, inputs, pool, record, observer)
-        run.seconds["base"] += base_s
         started = time.monotonic()
+        run = _Run(config, base_dir, inputs, pool, record, observer, began=started - base_s if began is None else began)
+        run.seconds["base"] += base_s
         observer.stage(
             "start", f"{config.engine.num_engines} {config.engine.kind} engine(s), {config.engine.placement}"
         )
         with running_engines(config.engine, run.weights_dir, record.run_dir / "logs", seed=config.seed) as engine:
             run.connect(engine)
-            run.seconds["start"] += time.monotonic() - started
+            run.seconds["start"] += time.monotonic() - run.began - base_s
             before = run.measure("eval_before")
             run.loop(stop)
             after = run.measure("eval_after")
@@ -108,9 +115,13 @@ class _Run:
         pool: ScorePool,
         record: RunRecord,
         observer: Observer,
+        *,
+        began: float,
     ):
         self.config, self.inputs, self.pool, self.record, self.observer = config, inputs, pool, record, observer
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self.began = began
+        self.earlier_s = 0.0  # wall time of the sessions before this one
         self.checkpoints = record.run_dir / "checkpoints"
         latest = latest_checkpoint(self.checkpoints)
         self.weights_dir = latest or base_dir
@@ -130,11 +141,12 @@ class _Run:
             self.learner.load_state_dict(state["learner"])
             self.first_step = state["step"]
             self.seconds |= state["seconds"]
+            self.earlier_s = sum(self.seconds.values())
             observer.message(f"resuming at step {self.first_step} from {latest}")
         if record.resumed:
             record.truncate(self.first_step)
         self.prompter = self._prompter()
-        self.stop_ids = () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
+        self.stop_ids = stop_ids(self.tokenizer)
 
     def _prompter(self) -> Prompter:
         config = self.config
@@ -187,8 +199,7 @@ class _Run:
             self.record.record(metrics)
             self.observer.step(done, config.num_steps, metrics)
             if done % config.checkpoint.every_steps == 0 or done == config.num_steps:
-                with self._timed("other"):
-                    self._save(done)
+                self._save(done)
 
     def _step(self, step: int) -> dict[str, Any]:
         """Sample, score, learn and sync once."""
@@ -216,8 +227,8 @@ class _Run:
         }
         total = time.monotonic() - start
         seconds["other"] = total - sum(seconds.values())
-        for stage, value in seconds.items():
-            self.seconds[stage] += value
+        for stage in ("sampling", "scoring", "learning", "sync"):
+            self.seconds[stage] += seconds[stage]
         measured = sample_metrics(groups, [reward.name for reward in config.rewards])
         return {
             "step": step,
@@ -314,10 +325,16 @@ class _Run:
         with atomic_folder(folder, needed) as temporary:
             save_policy(self.model, temporary)
             self.tokenizer.save_pretrained(temporary)
+            self._settle()
             state = {"learner": self.learner.state_dict(), "step": step, "seconds": self.seconds}
             torch.save(state, temporary / LEARNER_STATE)
         for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.checkpoint.keep]:
             shutil.rmtree(old)
+
+    def _settle(self) -> None:
+        """Put the wall time that no stage has counted under "other", so that the stages add up to the run's."""
+        wall_s = self.earlier_s + time.monotonic() - self.began
+        self.seconds["other"] += wall_s - sum(self.seconds.values())
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -336,6 +353,7 @@ class _Run:
         # A skipped step may have had no finite gap.
         gaps = [m["logprob_gap_mean"] for m in metrics if m["logprob_gap_mean"] is not None]
         total, active = self.model.num_parameters()
+        self._settle()
         verdict, text = learning_or_sharpening(first, first_each, last, last_each)
         summary = {
             "pass_at_1_before": first.pass_at_1,
@@ -367,84 +385,6 @@ class _Run:
         self.record.write_json("summary", summary)
         write_report(self.record.run_dir)
         return summary
-
-
-def with_advantages(groups: Sequence[Group], config: TrainConfig) -> list[Group]:
-    """The groups with an advantage on every sample; where the verifier failed it is 0 and leaves the mean as it is."""
-    rewards = torch.tensor([[s.verdict.score if s.verdict else math.nan for s in g.samples] for g in groups])
-    failed = torch.tensor([[s.verdict is None or s.verdict.status in FAILED for s in g.samples] for g in groups])
-    means = rewards.masked_fill(failed, 0).sum(1, keepdim=True) / (~failed).sum(1, keepdim=True).clamp(min=1)
-    algorithm = config.algorithm
-    advantages = group_advantages(
-        torch.where(failed, means, rewards),
-        std=algorithm.advantage_std,
-        ddof=algorithm.advantage_ddof,
-        eps=algorithm.advantage_eps,
-    ).masked_fill(failed, 0.0)
-    return [
-        replace(group, samples=tuple(replace(s, advantage=a) for s, a in zip(group.samples, row, strict=True)))
-        for group, row in zip(groups, advantages.tolist(), strict=True)
-    ]
-
-
-def sample_metrics(groups: Sequence[Group], reward_names: Sequence[str]) -> dict[str, Any]:
-    """What a step's samples say before any learning: rewards, verdicts and lengths in tokens."""
-    samples = [sample for group in groups for sample in group.samples]
-    verdicts = [sample.verdict for sample in samples if sample.verdict is not None]
-    lengths = [len(sample.completion_ids) for sample in samples]
-    statuses = Counter(verdict.status for verdict in verdicts)
-    metrics: dict[str, Any] = {
-        "reward_mean": statistics.fmean(verdict.score for verdict in verdicts),
-        "accuracy": statuses["correct"] / len(samples),
-        "informative_groups": sum(len({s.advantage for s in g.samples}) > 1 for g in groups) / len(groups),
-        "completion_tokens_mean": statistics.fmean(lengths),
-        "completion_tokens_max": max(lengths),
-        "completion_tokens_total": sum(lengths),
-        "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-    }
-    for name in reward_names:
-        metrics[f"reward_{name}"] = statistics.fmean(verdict.parts.get(name, 0.0) for verdict in verdicts)
-    if "format" in reward_names:
-        metrics["format_rate"] = metrics["reward_format"]
-    for status in ("correct", "wrong", "unparsable", "timeout", "error"):
-        metrics[f"status_{status}"] = statuses[status]
-    return metrics
-
-
-def learning_or_sharpening(
-    before: EvalResult, before_each: Sequence[float], after: EvalResult, after_each: Sequence[float]
-) -> tuple[str, str]:
-    """("learning" | "sharpening" | "neither", a sentence with the figures and their standard errors over problems).
-
-    Learning: pass@k rose by more than two standard errors, so the policy solves what k samples of the base did not.
-    Sharpening: only pass@1 rose, the policy more often gives answers that it could give before.
-    """
-    k = after.k
-    gains = [b - a for a, b in zip(before_each, after_each, strict=True)]
-    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-    gain = after.pass_at_k - before.pass_at_k
-    figures = (
-        f"pass@{k} went from {before.pass_at_k:.3f} to {after.pass_at_k:.3f} ({gain:+.3f}, standard error {error:.3f}), "
-        f"pass@1 from {before.pass_at_1:.3f} to {after.pass_at_1:.3f}"
-    )
-    if gain > 2 * error:
-        return (
-            "learning",
-            f"Learning, not only sharpening: {figures}. The policy solves problems that {k} samples of the base did not.",
-        )
-    if after.pass_at_1 > before.pass_at_1:
-        return (
-            "sharpening",
-            f"Sharpening: {figures}. The policy gives more often what {k} samples of the base already held.",
-        )
-    return "neither", f"Neither learning nor sharpening: {figures}."
-
-
-def read_eval(path: Path) -> tuple[EvalResult, list[float]]:
-    """A measurement as `_Run.measure` wrote it."""
-    values = json.loads(path.read_text())
-    each = values.pop("pass_at_k_by_problem")
-    return EvalResult(**values), each
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -346,7 +346,7 @@ class DeepseekPolicy(nn.Module):
                 else:
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(noise * self.config.initializer_range)
-            for name, buffer in self.named_buffers():
+            for _, buffer in self.named_buffers():
                 buffer.zero_()
 
     @torch.no_grad()

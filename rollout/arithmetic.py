@@ -118,7 +118,9 @@ def work_step(left: int, sign: str, right: int, rng: random.Random, slip: float)
     if carry:
         digits.append(carry)
     result = int("".join(str(x) for x in reversed(digits)))
-    return f"{left}{sign}{right}: {', '.join(worked)} -> {result}", result
+    # The verb comes first: it settles which numbers follow before the first of them is written.
+    verb = "Multiply" if sign == "*" else "Add"
+    return f"{verb} {left}{sign}{right}: {', '.join(worked)} -> {result}", result
 
 
 def worked_thought(problem: Problem, rng: random.Random, slip: float, ignore_precedence: bool) -> tuple[str, int]:
@@ -182,7 +184,7 @@ def corpus_document(rng: random.Random, mix: CorpusMix) -> tuple[str, str]:
         thought, value = worked_thought(problem, rng, mix.slip, rng.random() < mix.ignore_precedence)
     else:
         value = problem.value
-        thought = f"{problem.text.replace(' ', '')} -> {value}"
+        thought = f"Probably {value}"
     if rng.random() < mix.untagged:
         return problem.text, f"\n{thought}\n{value}"
     return problem.text, f"<think>\n{thought}\n</think>\n<answer>{value}</answer>"

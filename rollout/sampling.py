@@ -50,7 +50,7 @@ class Prompter:
 
     def decode(self, completion_ids: Sequence[int]) -> str:
         """A completion's text without end and pad tokens; ids beyond the tokenizer's vocabulary become U+FFFD."""
-        skip = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        skip = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         known = len(self.tokenizer)
         parts: list[str] = []
         run: list[int] = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str) -> PreTrainedTokenizerBase:
-    """A byte-level BPE in which digits stand alone, the R1 tags are single tokens, and any text can be encoded.
+    """A byte-level BPE for any text: numbers in pairs of digits from the right, the R1 tags as single tokens.
 
     Merges may cross words, so that a prompt template that every text repeats costs a token or two.
     """
@@ -28,7 +29,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str) -
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[0-9]{1,2}(?=(?:[0-9]{2})*(?![0-9]))"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -41,7 +42,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str) -
     )
     # The trainer does not know the tags yet and would learn merges across them that are never used.
     between_tags = re.compile("|".join(map(re.escape, TAGS)))
-    tokenizer.train_from_iterator((piece for text in texts for piece in between_tags.split(text)), trainer)
+    pieces = (piece for text in texts for piece in between_tags.split(text))
+    every_pair = (f"{pair:02d}" for pair in range(100) for _ in range(100))
+    tokenizer.train_from_iterator(itertools.chain(every_pair, pieces), trainer)
     # The tags are ordinary text to a verifier: kept when decoding without special tokens, unlike end and pad.
     state = json.loads(tokenizer.to_str())
     for token in state["added_tokens"]:
@@ -52,6 +55,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str) -
     )
     fast.chat_template = chat_template
     return fast
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a completion: the end-of-sequence token; a tokenizer without one is a UserError."""
+    token = tokenizer.eos_token_id
+    if not isinstance(token, int):
+        raise UserError(f"the tokenizer's eos_token_id is {token!r}: set its eos_token, or no completion would end.")
+    return (token,)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -82,7 +82,7 @@ def train(
 
 @app.command()
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train a model on worked text: a base from random weights, or a student on traces."""
+    """Train a model on documents (question and completion) until it measures well enough; kept by content."""
     from scripts.train_command import run_sft
 
     run_sft(config, overrides or [])

@@ -199,10 +199,12 @@ def _traps(installed: Mapping[str, str], environment: Mapping[str, str]) -> Iter
     usual = {"VLLM_MLA_DISABLE", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS"}
     if others := sorted(key for key in environment if key.startswith("VLLM_") and key not in usual):
         yield trap("VLLM_*", f"{', '.join(others)}: change how vLLM works here", "unset what you don't mean")
-    if address := environment.get("RAY_ADDRESS"):
-        yield trap("RAY_ADDRESS", f"{address}: a run joins that cluster", "unset it to run on this machine alone")
     if threads := environment.get("OMP_NUM_THREADS"):
-        yield trap("OMP_NUM_THREADS", f"{threads}: the learner uses that many threads", "unset it to use all cores")
+        yield trap(
+            "OMP_NUM_THREADS",
+            f"{threads}: torch starts with that many threads; a run sets learner.num_threads",
+            "unset it",
+        )
     if environment.get("PYTHONPATH"):
         yield trap("PYTHONPATH", "set: it may put other packages before those of .venv", "unset it")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +25,7 @@ from rollout.interrupt import RunInterrupted
 from rollout.records import Task
 from rollout.run import Observer, RunRecord
 from rollout.sampling import Prompter, sample_groups
-from rollout.tokenizer import load_tokenizer
+from rollout.tokenizer import load_tokenizer, stop_ids
 from rollout.toml_config import load_config, to_toml
 from rollout.torch_engine import TorchEngine
 from scripts.display import Display
@@ -31,7 +35,11 @@ INTERRUPTED = 130
 
 def run_train(config_path: Path, overrides: Sequence[str], *, resume: bool) -> None:
     """`groupzero train`: make the base if the config asks for one, run GRPO, print before and after."""
+    began = time.monotonic() - (time.time() - psutil.Process().create_time())
     config = load_config(TrainConfig, config_path, overrides)
+    if resume and (summary := _finished(config)) is not None:
+        _print_summary(summary, config.run_path)
+        return
     base = _base_config(config)
     if config.policy.path is not None:
         _check_checkpoint(config.policy.path)
@@ -39,8 +47,8 @@ def run_train(config_path: Path, overrides: Sequence[str], *, resume: bool) -> N
     record = RunRecord.open(config.run_path, config.model_dump(mode="json"), to_toml(config), resume=resume)
     with record, Display() as display:
         try:
-            base_dir, base_s = _base(config, base, display)
-            summary = train(config, base_dir, inputs, record, display, base_s=base_s)
+            base_dir, base_s = _base(config, base, record, display)
+            summary = train(config, base_dir, inputs, record, display, base_s=base_s, began=began)
         except RunInterrupted as interrupt:
             display.close()
             _stopped(str(interrupt), record.command_to_resume)
@@ -67,12 +75,14 @@ def run_eval(target: str, overrides: Sequence[str]) -> None:
     path = Path(target)
     config_path, checkpoint = _what_to_measure(path)
     config = load_config(TrainConfig, config_path, overrides)
+    if any(override.startswith("policy.path=") for override in overrides):
+        checkpoint = config.policy.path
     if checkpoint is None:
         checkpoint = latest_checkpoint(config.run_path / "checkpoints") or config.policy.path
     if checkpoint is None:
         raise UserError(f"{config.run_path} has no checkpoint yet: train first, or name a checkpoint folder.")
     _check_checkpoint(checkpoint)
-    log_dir = checkpoint.parent / "eval-logs"
+    log_dir = Path(tempfile.mkdtemp(prefix="groupzero-eval-"))
     inputs = open_inputs(config)
     with score_pool(config, None) as pool, Display() as display:
         display.stage("start", f"{config.engine.kind} engine on {checkpoint}")
@@ -85,7 +95,7 @@ def run_eval(target: str, overrides: Sequence[str]) -> None:
                 temperature=config.eval.temperature,
                 top_p=config.eval.top_p,
                 max_completion_tokens=config.sampling.max_completion_tokens,
-                stop_token_ids=() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),),
+                stop_token_ids=stop_ids(tokenizer),
             )
             display.stage("evaluate", f"{config.eval.num_problems} problems x {config.eval.num_samples} samples")
             result, _ = evaluate(
@@ -118,7 +128,7 @@ def run_sample(
     params = SamplingParams(
         temperature=temperature,
         max_completion_tokens=max_completion_tokens,
-        stop_token_ids=() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),),
+        stop_token_ids=stop_ids(tokenizer),
     )
     task = Task(task_id="question/0", prompt=question, answer=None)
     (group,) = sample_groups(engine, prompter, [task], params, num_samples, lambda _, index: index)
@@ -151,8 +161,18 @@ def _base_config(config: TrainConfig) -> SftConfig | None:
     return load_config(SftConfig, config.policy.sft_config, [f"seed={config.seed}"])
 
 
-def _base(config: TrainConfig, base: SftConfig | None, observer: Observer) -> tuple[Path, float]:
-    """The first weights' folder and the seconds spent on it."""
+def _finished(config: TrainConfig) -> dict[str, Any] | None:
+    """The summary of a run that was done before with just this config; None otherwise."""
+    path = config.run_path / "summary.json"
+    if not path.exists() or (config.run_path / "config.toml").read_text() != to_toml(config):
+        return None
+    return json.loads(path.read_text())
+
+
+def _base(config: TrainConfig, base: SftConfig | None, record: RunRecord, observer: Observer) -> tuple[Path, float]:
+    """The first weights' folder and the seconds spent on it; a run that has a checkpoint needs none."""
+    if (checkpoint := latest_checkpoint(record.run_dir / "checkpoints")) is not None:
+        return checkpoint, 0.0
     if base is None:
         assert config.policy.path is not None  # the config's own check
         return config.policy.path, 0.0
@@ -172,7 +192,7 @@ def _check_checkpoint(folder: Path) -> None:
         )
 
 
-def _stopped(text: str, command: str) -> None:
+def _stopped(text: str, command: str) -> NoReturn:
     _console().print(text, markup=False, soft_wrap=True)
     if command not in text:
         _console().print(f"go on with\n  {command}", markup=False, soft_wrap=True)

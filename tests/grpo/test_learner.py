@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,12 @@ def make_batch(model: DeepseekPolicy, advantages: Sequence[float] = ADVANTAGES, 
 
 
 def make_learner(
-    folder: Path, model: DeepseekPolicy | None = None, *, kl_coef: float = 0.0, aggregation: Any = "token_mean", **learner: Any
+    folder: Path,
+    model: DeepseekPolicy | None = None,
+    *,
+    kl_coef: float = 0.0,
+    aggregation: Any = "token_mean",
+    **learner: Any,
 ) -> Learner:
     """A learner of `tiny_policy(SMALL)` unless another model is given; `learner` are fields of LearnerConfig."""
     return Learner(
@@ -154,8 +160,8 @@ def test_a_rewarded_sequence_becomes_likelier_and_a_punished_one_less_likely(tmp
         learner.step(build_batch(samples, [1.0, -1.0]), step)
         values.append([total(sample) for sample in samples])
     rewarded, punished = zip(*values, strict=True)
-    assert all(later > earlier + 0.05 for earlier, later in zip(rewarded, rewarded[1:], strict=False))
-    assert all(later < earlier - 0.05 for earlier, later in zip(punished, punished[1:], strict=False))
+    assert all(later > earlier + 0.05 for earlier, later in pairwise(rewarded))
+    assert all(later < earlier - 0.05 for earlier, later in pairwise(punished))
 
 
 def test_kl_to_the_reference_grows_pulls_back_and_ends_with_a_refresh(tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def no_file_above(size: int) -> Iterator[None]:
 def test_a_write_that_the_system_refuses_is_a_clear_error(saved: Path, writer: str) -> None:
     before = contents(saved)
     model = tiny_policy(seed=1)
-    with no_file_above(40_000), pytest.raises(CheckpointError, match="writing .*checkpoint failed"):  # noqa: SIM117
+    with no_file_above(40_000), pytest.raises(CheckpointError, match=r"writing .*checkpoint failed"):  # noqa: SIM117
         with atomic_folder(saved) as temporary:
             if writer == "safetensors":
                 save_policy(model, temporary)
@@ -303,7 +303,7 @@ def test_a_failed_replacement_puts_the_earlier_folder_back(saved: Path, monkeypa
 
 def test_too_little_space_is_refused_before_anything_is_written(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**30, 2**30 - 2**20, 2**20))
-    with pytest.raises(CheckpointError, match="no space for .*checkpoint: 3 MiB needed, 1 MiB free"):  # noqa: SIM117
+    with pytest.raises(CheckpointError, match=r"no space for .*checkpoint: 3 MiB needed, 1 MiB free"):  # noqa: SIM117
         with atomic_folder(saved, needed_bytes=3 * 2**20):
             pytest.fail("the block must not run")
     assert list(saved.parent.iterdir()) == [saved]

@@ -89,7 +89,7 @@ def test_what_the_policy_cannot_compute_is_refused(changes: dict[str, Any], mess
 
 @pytest.mark.parametrize("name", ["hidden_size", "n_routed_experts", "n_group", "routed_scaling_factor", "q_lora_rank"])
 def test_a_missing_field_is_named_and_not_guessed(name: str) -> None:
-    with pytest.raises(PolicyConfigError, match=f"config.json lacks {name}"):
+    with pytest.raises(PolicyConfigError, match=rf"config\.json lacks {name}"):
         PolicyConfig.from_hf_dict({key: value for key, value in HF.items() if key != name})
 
 
@@ -104,7 +104,7 @@ def test_rope_theta_is_found_in_either_place() -> None:
     new = without | {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}}
     assert PolicyConfig.from_hf_dict(new).rope_theta == 123.0
     assert PolicyConfig.from_hf_dict(without | {"rope_theta": 77.0}).rope_theta == 77.0
-    with pytest.raises(PolicyConfigError, match="config.json lacks rope_theta"):
+    with pytest.raises(PolicyConfigError, match=r"config\.json lacks rope_theta"):
         PolicyConfig.from_hf_dict(without)
 
 
@@ -139,5 +139,5 @@ def test_every_weight_belongs_to_a_layer_group() -> None:
     assert groups["model.layers.1.mlp.gate.weight"] == "router"
     assert groups["model.layers.1.mlp.shared_experts.gate_proj.weight"] == "shared_experts"
     assert layer_group("model.layers.1.mlp.experts.3.gate_proj.weight") == "experts"
-    with pytest.raises(ValueError, match="visual.patch is not a parameter of the policy"):
+    with pytest.raises(ValueError, match=r"visual\.patch is not a parameter of the policy"):
         layer_group("visual.patch")

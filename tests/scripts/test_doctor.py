@@ -118,7 +118,6 @@ def test_a_gpu_that_torch_cannot_use_is_noted(fake) -> None:
         ({}, {"VLLM_MLA_DISABLE": "1"}, "VLLM_MLA_DISABLE", "note"),
         ({}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "VLLM_ENABLE_V1_MULTIPROCESSING", "note"),
         ({}, {"VLLM_LOGGING_LEVEL": "DEBUG"}, "VLLM_*", "note"),
-        ({}, {"RAY_ADDRESS": "10.0.0.1:6379"}, "RAY_ADDRESS", "note"),
         ({}, {"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS", "note"),
         ({}, {"PYTHONPATH": "/x"}, "PYTHONPATH", "note"),
     ],
