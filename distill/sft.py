@@ -66,14 +66,12 @@ def _shape(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class SftOptimizerConfig(_Table):
-    """Muon for weight matrices, AdamW for the rest (embedding, head, router, norms); rates decay linearly to 0."""
+    """Muon for weight matrices, AdamW for the rest (embedding, head, router, norms): warm up, hold, decay to 0."""
 
-    muon_lr: float = Field(default=0.02, gt=0, description="learning rate of weight matrices")
-    adamw_lr: float = Field(default=0.01, gt=0, description="learning rate of embedding, head, router and norm gains")
+    muon_lr: float = Field(default=0.003, gt=0, description="learning rate of weight matrices")
+    adamw_lr: float = Field(default=0.004, gt=0, description="learning rate of embedding, head, router and norm gains")
     warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up")
-    decay_share: float = Field(
-        default=0.3, gt=0, le=1, description="share of max_steps, at the end, in which the rates fall to 0"
-    )
+    decay_steps: int = Field(default=150, ge=1, description="length of the fall of both rates to 0, in steps")
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="gradients of the AdamW parameters are scaled down to this norm"
     )
@@ -83,7 +81,7 @@ class SftOptimizerConfig(_Table):
 
 
 class SftEvalConfig(_Table):
-    """The measured quality that training stops at."""
+    """The measured quality at which the rates begin to fall; training ends when they are 0."""
 
     data: DataConfig = Field(description="held-out tasks")
     verifier: str = Field(default="numeric", description="what judges a completion")
@@ -91,8 +89,10 @@ class SftEvalConfig(_Table):
     num_samples: int = Field(default=2, ge=1, description="samples per task at temperature 1")
     every_steps: int = Field(default=50, ge=1, description="measure every so many steps")
     max_completion_tokens: int = Field(default=128, ge=1, description="longest completion, in tokens")
-    stop_pass_at_1: float = Field(ge=0, le=1, description="training stops when pass@1 reaches this")
-    required: bool = Field(default=True, description="whether not reaching it by max_steps is an error")
+    decay_at_pass_at_1: float = Field(
+        ge=0, le=1, description="pass@1 at which the rates begin to fall; latest decay_steps before max_steps"
+    )
+    required_pass_at_1: float = Field(default=0.0, ge=0, le=1, description="a finished model below this is an error")
 
 
 class SftConfig(_Table):
@@ -184,6 +184,7 @@ class _Training:
             self.prompter.ids(problem)
         self.muon, self.adamw = _optimizers(self.model, config.optimizer)
         self.step = 0
+        self.decay_from: int | None = None
 
     def _start(self) -> tuple[DeepseekPolicy, PreTrainedTokenizerBase]:
         config = self.config
@@ -212,40 +213,44 @@ class _Training:
         total, active = self.model.num_parameters()
         self.observer.stage(
             "base model",
-            f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active, until pass@1 {config.eval.stop_pass_at_1:g}",
+            f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; decay at pass@1 {config.eval.decay_at_pass_at_1:g}",
         )
         if (self.partial / "state.pt").exists():
             self._resume()
-        rate = warmup_then_linear(
-            config.optimizer.warmup_steps,
-            round(config.max_steps * (1 - config.optimizer.decay_share)),
-            config.max_steps,
-        )
+        optimizer = config.optimizer
         quality = 0.0
-        while self.step < config.max_steps:
+        while not self._done():
             if stop.is_set():
                 self._save_partial()
                 raise RunInterrupted(
                     f"stopped at step {self.step} of the base model; the same command goes on from there"
                 )
-            metrics = self._train_step(rate(self.step))
+            metrics = self._train_step(warmup_then_linear(optimizer.warmup_steps, *self._decay())(self.step))
             self.step += 1
-            if self.step % config.eval.every_steps == 0 or self.step == config.max_steps:
-                quality = self._measure()
-                metrics["eval_pass_at_1"] = quality
-            self.observer.step(self.step, config.max_steps, metrics)
-            if quality >= config.eval.stop_pass_at_1:
-                break
-        if quality < config.eval.stop_pass_at_1 and config.eval.required:
+            if self.step % config.eval.every_steps == 0 or self._done():
+                quality = metrics["eval_pass_at_1"] = self._measure()
+                if self.decay_from is None and quality >= config.eval.decay_at_pass_at_1:
+                    self.decay_from = self.step
+            self.observer.step(self.step, self._decay()[1], metrics)
+        if quality < config.eval.required_pass_at_1:
             raise SftError(
-                f"pass@1 is {quality:.3f} after max_steps={config.max_steps}, below eval.stop_pass_at_1="
-                f"{config.eval.stop_pass_at_1:g}. Raise max_steps, or lower the bar, or set eval.required=false."
+                f"pass@1 is {quality:.3f} after {self.step} steps, below eval.required_pass_at_1="
+                f"{config.eval.required_pass_at_1:g}. Raise max_steps or eval.decay_at_pass_at_1, or lower the bar."
             )
         with atomic_folder(self.folder) as temporary:
             save_policy(self.model, temporary)
             self.tokenizer.save_pretrained(temporary)
             write_json(temporary / "quality.json", {"pass_at_1": quality, "steps": self.step, "seed": config.seed})
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _decay(self) -> tuple[int, int]:
+        """The steps at which the rates begin to fall and reach 0, as far as is known now."""
+        most, length = self.config.max_steps, min(self.config.optimizer.decay_steps, self.config.max_steps)
+        start = most - length if self.decay_from is None else min(self.decay_from, most - length)
+        return start, start + length
+
+    def _done(self) -> bool:
+        return self.step >= self._decay()[1]
 
     def _train_step(self, rate: float) -> dict[str, float]:
         config, start = self.config, time.monotonic()
@@ -323,6 +328,7 @@ class _Training:
         with atomic_folder(self.partial) as temporary:
             state = {
                 "step": self.step,
+                "decay_from": self.decay_from,
                 "model": self.model.state_dict(),
                 "muon": self.muon.state_dict(),
                 "adamw": self.adamw.state_dict(),
@@ -334,7 +340,7 @@ class _Training:
         self.model.load_state_dict(state["model"])
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
-        self.step = state["step"]
+        self.step, self.decay_from = state["step"], state["decay_from"]
         self.observer.message(f"going on from step {self.step} of an interrupted base model")
 
 

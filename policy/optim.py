@@ -73,7 +73,8 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalise(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices [..., m, n], approximately (quintic Newton-Schulz, singular values 0.7-1.2)."""
-    x = matrices.float()
+    # bfloat16, as in the original: the iteration tolerates its rounding, and processors multiply it several times faster.
+    x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -145,10 +145,10 @@ def eval_step(left: int, sign: str, right: int) -> int:
 class CorpusMix:
     """How careless the corpus is: shares of documents (0-1), and the probability that a worked digit is wrong."""
 
-    worked: float = 0.75
-    worked_rare: float = 0.2
+    worked: float = 0.9
+    worked_rare: float = 0.4
     rare_kinds: tuple[str, ...] = ("bracket_product", "bracket_product_sum")
-    ignore_precedence: float = 0.6
+    ignore_precedence: float = 0.7
     slip: float = 0.02
     untagged: float = 0.1
 
@@ -158,10 +158,10 @@ def generate_documents(
     split: str,
     start: int,
     count: int,
-    worked: float = 0.75,
-    worked_rare: float = 0.2,
+    worked: float = 0.9,
+    worked_rare: float = 0.4,
     rare_kinds: tuple[str, ...] | list[str] = CorpusMix.rare_kinds,
-    ignore_precedence: float = 0.6,
+    ignore_precedence: float = 0.7,
     slip: float = 0.02,
     untagged: float = 0.1,
 ) -> list[Task]:

@@ -148,7 +148,7 @@ def test_a_careful_step_is_exact_in_every_digit(left: int, right: int, sign: str
     assert result == eval_step(left, sign, right)
     head, _, tail = text.partition(": ")
     digits, _, end = tail.partition(" -> ")
-    assert head == f"{left}{sign}{right}"
+    assert head == f"{'Multiply' if sign == '*' else 'Add'} {left}{sign}{right}"
     assert end == str(result)
     for operation in digits.split(", "):
         expression, _, claimed = operation.partition("=")

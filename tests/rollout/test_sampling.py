@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -93,6 +94,15 @@ def test_decoding_keeps_tags_and_drops_end_and_pad() -> None:
     assert prompter().decode(ids(text + END + PAD)) == text
     assert prompter().decode(ids(f"1{END}2")) == "12"
     assert prompter().decode([]) == ""
+
+
+def test_tags_are_kept_even_by_a_tokenizer_that_calls_them_special() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_tokens([AddedToken("<think>", special=True, normalized=False)])
+    assert tokenizer.decode(ids("<think>1"), skip_special_tokens=True) == "1"
+    assert Prompter(tokenizer, "plain", 64, 16).decode(ids(f"<think>1{END}")) == "<think>1"
 
 
 def test_ids_beyond_the_vocabulary_become_replacement_characters() -> None:
