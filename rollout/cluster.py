@@ -42,6 +42,8 @@ def start_cluster(num_cpus: int, log_dir: Path) -> None:
         raise EngineError("the Ray cluster of this process is already running: stop it first")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray starts its workers at nice 15, and any other program on the machine would then take the engines' cores.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     temporary = Path(tempfile.mkdtemp(prefix="gz-"))  # short: Ray puts sockets in it, whose paths have 107 bytes
