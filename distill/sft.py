@@ -46,7 +46,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parents[1]
-MADE_BY = ("policy/**/*.py", "distill/*.py", "rollout/arithmetic.py", "rollout/t*.py")
+MADE_BY = (
+    "policy/**/*.py",
+    "distill/*.py",
+    "verifiers/*.py",
+    "rollout/[!vw]*.py",  # engines other than torch's and the sync of weights have no part in it
+)
 
 
 class SftError(RuntimeError):
@@ -137,6 +142,7 @@ class SftResult:
 def output_folder(config: SftConfig) -> Path:
     """Where this config's result is kept: its name and a hash of config, code and seed."""
     digest = hashlib.sha256(config.model_dump_json(exclude={"output_dir", "num_threads"}).encode())
+    digest.update(torch.__version__.encode())
     for pattern in MADE_BY:
         for path in sorted(ROOT.glob(pattern)):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
@@ -231,6 +237,8 @@ class _Training:
                 quality = metrics["eval_pass_at_1"] = self._measure()
                 if self.decay_from is None and quality >= config.eval.decay_at_pass_at_1:
                     self.decay_from = self.step
+                elif self._done() and quality < config.eval.required_pass_at_1:
+                    self._once_more()
             self.observer.step(self.step, self._decay()[1], metrics)
         if quality < config.eval.required_pass_at_1:
             raise SftError(
@@ -248,6 +256,13 @@ class _Training:
         most, length = self.config.max_steps, min(self.config.optimizer.decay_steps, self.config.max_steps)
         start = most - length if self.decay_from is None else min(self.decay_from, most - length)
         return start, start + length
+
+    def _once_more(self) -> None:
+        """Hold the full rates for another decay's length and fall again, if max_steps leaves room for that."""
+        start = self.step + self.config.optimizer.decay_steps
+        if start + self.config.optimizer.decay_steps <= self.config.max_steps:
+            self.decay_from = start
+            self.observer.message("the base is not good enough yet: training goes on")
 
     def _done(self) -> bool:
         return self.step >= self._decay()[1]

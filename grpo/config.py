@@ -95,7 +95,10 @@ class AlgorithmConfig(_Table):
         default=None, ge=1, description="the constant of aggregation 'constant', in tokens"
     )
     kl_coef: float = Field(
-        default=0.001, ge=0, description="weight of the KL to the reference in the loss; 0 loads no reference"
+        default=0.001,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the KL to the reference; 0 loads no reference",
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="estimator of that KL per token")
     kl_importance_weighted: bool = Field(
@@ -123,12 +126,14 @@ def _known_groups(scale: dict[str, float]) -> dict[str, float]:
 class LearnerConfig(_Table):
     """The optimizer and the cuts of a step's samples. A step's samples are num_prompts * group_size."""
 
-    lr: float = Field(default=1e-6, gt=0, description="learning rate of AdamW")
+    lr: float = Field(default=1e-6, gt=0, allow_inf_nan=False, description="learning rate of AdamW")
     lr_scale: Annotated[dict[str, float], AfterValidator(_known_groups)] = Field(
         default_factory=dict,
         description="factor on lr by layer group: norms, head, embedding, attention, router, experts, ...",
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="AdamW's betas"
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay; norm gains never decay")
     warmup_steps: int = Field(default=0, ge=0, description="optimizer steps of linear warm-up")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
@@ -214,6 +219,11 @@ class TrainConfig(_Table):
             raise ValueError(
                 f"sampling.max_completion_tokens={self.sampling.max_completion_tokens} leaves no room for a prompt in "
                 f"engine.max_model_len={self.engine.max_model_len}"
+            )
+        probe = self.sync.probe_prompt_tokens + self.sync.probe_tokens
+        if probe > self.engine.max_model_len:
+            raise ValueError(
+                f"sync: a probe of {probe} tokens does not fit engine.max_model_len={self.engine.max_model_len}"
             )
         try:
             self.run_dir.format(name=self.name, seed=self.seed)

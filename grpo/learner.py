@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,10 @@ class Learner:
             self.optimizer.step()
         else:
             self._skip(minibatch, total, norm)
-        self.schedule.step()
+        with warnings.catch_warnings():
+            # The first optimizer step may be skipped; its place in the schedule passes all the same.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.schedule.step()
         return total, norm
 
     def _loss(self, part: Batch) -> tuple[Tensor, LossTerms]:
@@ -189,17 +193,21 @@ class Learner:
             )
             raise NonFiniteLossError(
                 f"{self.skipped_in_a_row} optimizer steps in a row had no finite loss (the last: loss {float(terms.loss)}, "
-                f"gradient norm {norm}). The weights are those of the last good step. The batch is in "
+                f"gradient norm {norm}). The batch is in "
                 f"{self.bad_batch_path}; look at its rollout_logprobs and advantages first."
             )
 
     def _metrics(self, terms: list[LossTerms], norms: list[float], skipped: int) -> dict[str, float]:
+        # A skipped minibatch must not blank out the others.
+        finite = [(term, norm) for term, norm in zip(terms, norms, strict=True) if self._finite(term, norm)]
+        terms = [term for term, _ in finite] or terms[:1]
+        norms = [norm for _, norm in finite] or norms[:1]
         total = terms[0]
         for term in terms[1:]:
             total = total + term
         values = total.metrics()
         count = len(terms)
-        return {
+        metrics = {
             "loss": values["loss"] / count,
             "policy_loss": values["policy_loss"] / count,
             "kl_loss": values["kl_loss"] / count,
@@ -215,3 +223,6 @@ class Learner:
             "lr": self.config.lr * self.warmup(self.num_optimizer_steps - 1),
             "skipped": skipped,
         }
+        if self.reference is None:  # there is no KL to speak of
+            del metrics["kl"], metrics["kl_loss"]
+        return metrics

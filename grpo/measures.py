@@ -15,27 +15,31 @@ import torch
 
 from grpo.advantages import group_advantages
 from grpo.config import TrainConfig
-from rollout.evaluation import EvalResult
+from rollout.evaluation import FAILED, EvalResult
 from rollout.records import Group
-
-FAILED = ("error", "timeout")
 
 
 def with_advantages(groups: Sequence[Group], config: TrainConfig) -> list[Group]:
-    """The groups with an advantage on every sample; where the verifier failed it is 0 and leaves the mean as it is."""
-    rewards = torch.tensor([[s.verdict.score if s.verdict else math.nan for s in g.samples] for g in groups])
-    failed = torch.tensor([[s.verdict is None or s.verdict.status in FAILED for s in g.samples] for g in groups])
-    means = rewards.masked_fill(failed, 0).sum(1, keepdim=True) / (~failed).sum(1, keepdim=True).clamp(min=1)
+    """The groups with an advantage on every sample; where the verifier failed it is 0, and the sample counts for nothing."""
     algorithm = config.algorithm
-    advantages = group_advantages(
-        torch.where(failed, means, rewards),
-        std=algorithm.advantage_std,
-        ddof=algorithm.advantage_ddof,
-        eps=algorithm.advantage_eps,
-    ).masked_fill(failed, 0.0)
+    rows: list[list[float]] = []
+    for group in groups:
+        judged = [s.verdict is not None and s.verdict.status not in FAILED for s in group.samples]
+        rewards = [s.verdict.score for s, ok in zip(group.samples, judged, strict=True) if ok and s.verdict]
+        advantages = iter(
+            group_advantages(
+                torch.tensor([rewards], dtype=torch.float64),
+                std=algorithm.advantage_std,
+                ddof=algorithm.advantage_ddof,
+                eps=algorithm.advantage_eps,
+            )[0].tolist()
+            if rewards
+            else []
+        )
+        rows.append([next(advantages) if ok else 0.0 for ok in judged])
     return [
         replace(group, samples=tuple(replace(s, advantage=a) for s, a in zip(group.samples, row, strict=True)))
-        for group, row in zip(groups, advantages.tolist(), strict=True)
+        for group, row in zip(groups, rows, strict=True)
     ]
 
 
@@ -56,8 +60,6 @@ def sample_metrics(groups: Sequence[Group], reward_names: Sequence[str]) -> dict
     }
     for name in reward_names:
         metrics[f"reward_{name}"] = statistics.fmean(verdict.parts.get(name, 0.0) for verdict in verdicts)
-    if "format" in reward_names:
-        metrics["format_rate"] = metrics["reward_format"]
     for status in ("correct", "wrong", "unparsable", "timeout", "error"):
         metrics[f"status_{status}"] = statuses[status]
     return metrics

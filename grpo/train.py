@@ -18,15 +18,15 @@ import torch
 
 from grpo.batch import build_batch
 from grpo.config import TrainConfig
-from grpo.learner import Learner
-from grpo.measures import FAILED, learning_or_sharpening, read_eval, sample_metrics, with_advantages
+from grpo.learner import Learner, NonFiniteLossError
+from grpo.measures import learning_or_sharpening, read_eval, sample_metrics, with_advantages
 from grpo.report import write_report
 from policy.checkpoint import atomic_folder, load_policy, save_policy
 from policy.deepseek import DeepseekPolicy
 from rollout.cluster import running_engines
 from rollout.engine import Engine, SamplingParams
 from rollout.errors import UserError
-from rollout.evaluation import EvalResult, evaluate, is_correct, pass_at_k
+from rollout.evaluation import FAILED, EvalResult, evaluate, is_correct, pass_at_k
 from rollout.interrupt import RunInterrupted, stop_on_signal
 from rollout.records import Group, Task
 from rollout.run import Observer, RunRecord, read_metrics
@@ -100,6 +100,8 @@ def train(
             run.seconds["start"] += time.monotonic() - run.began - base_s
             before = run.measure("eval_before")
             run.loop(stop)
+            if stop.is_set():
+                raise RunInterrupted(f"stopped before the last measurement; go on with\n  {record.command_to_resume}")
             after = run.measure("eval_after")
         return run.finish(before, after)
 
@@ -121,8 +123,10 @@ class _Run:
         self.config, self.inputs, self.pool, self.record, self.observer = config, inputs, pool, record, observer
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self.began = began
-        self.earlier_s = 0.0  # wall time of the sessions before this one
+        self.earlier_s = 0.0  # wall time of the run before this process took it up
         self.checkpoints = record.run_dir / "checkpoints"
+        for leftover in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed; the folder's lock is ours
+            shutil.rmtree(leftover, ignore_errors=True)
         latest = latest_checkpoint(self.checkpoints)
         self.weights_dir = latest or base_dir
         self.model: DeepseekPolicy = load_policy(self.weights_dir)
@@ -137,7 +141,7 @@ class _Run:
         )
         self.first_step = 0
         if latest is not None:
-            state = torch.load(latest / LEARNER_STATE, weights_only=False)
+            state = torch.load(latest / LEARNER_STATE, map_location="cpu", weights_only=True)
             self.learner.load_state_dict(state["learner"])
             self.first_step = state["step"]
             self.seconds |= state["seconds"]
@@ -209,16 +213,24 @@ class _Run:
         self._check_verdicts(groups, step)
         groups = with_advantages(groups, config)
         samples = [sample for group in groups for sample in group.samples]
+        self.record.write_samples(step, groups, "train", [self.prompter.text(group.task) for group in groups])
         learning = time.monotonic()
         batch = build_batch(samples, [sample.advantage or 0.0 for sample in samples])
-        learned = self.learner.step(batch, step)
+        try:
+            learned = self.learner.step(batch, step)
+        except NonFiniteLossError as error:
+            self.record.record({"step": step, "skipped": config.learner.num_minibatches, "stopped": str(error)})
+            kept = latest_checkpoint(self.checkpoints)
+            raise NonFiniteLossError(
+                f"step {step}: {error} The newest checkpoint is {kept or 'not there yet'}. To go on from it, with the same "
+                f"samples again:\n  {self.record.command_to_resume}"
+            ) from error
         refresh = config.algorithm.reference_refresh_steps
         if refresh and (step + 1) % refresh == 0:
             self.learner.refresh_reference()
         syncing = time.monotonic()
         report = self.sync.publish(self.model, step + 1)
         synced = time.monotonic()
-        self.record.write_samples(step, groups, "train", [self.prompter.text(group.task) for group in groups])
         seconds = {
             "sampling": self.stream.seconds_sampling,
             "scoring": self.stream.seconds_scoring,
@@ -243,22 +255,30 @@ class _Run:
         }
 
     def _check_verdicts(self, groups: Sequence[Group], step: int) -> None:
-        failed = [s.verdict for g in groups for s in g.samples if s.verdict and s.verdict.status in FAILED]
-        total = sum(len(group.samples) for group in groups)
-        if not failed:
-            return
-        (reason, count), *_ = Counter(verdict.reason for verdict in failed).most_common(1)
-        if len(failed) > self.config.scoring.max_error_share * total:
+        """Report the step's verifier failures; too many stop the run, with everything up to this step saved."""
+        try:
+            self._report_failures(groups, f"step {step}")
+        except VerifierFailureError as error:
             self._save(step)
             self.record.write_samples(step, groups, "train", [self.prompter.text(group.task) for group in groups])
             raise VerifierFailureError(
-                f"the verifier failed on {len(failed)} of {total} samples of step {step}, more than scoring.max_error_share="
-                f"{self.config.scoring.max_error_share:g} allows; most often ({count} times): {reason}. The state before "
-                f"this step is saved; mend the verifier and go on with\n  {self.record.command_to_resume}"
+                f"{error} The state before this step is saved; go on with\n  {self.record.command_to_resume}"
+            ) from error
+
+    def _report_failures(self, groups: Sequence[Group], what: str) -> None:
+        """Say how many samples the verifier could not judge; VerifierFailureError above max_error_share."""
+        failed = [s.verdict for g in groups for s in g.samples if s.verdict and s.verdict.status in FAILED]
+        if not failed:
+            return
+        total = sum(len(group.samples) for group in groups)
+        (reason, count), *_ = Counter(verdict.reason for verdict in failed).most_common(1)
+        text = f"{what}: the verifier failed on {len(failed)} of {total} samples; most often ({count} times): {reason}."
+        share = self.config.scoring.max_error_share
+        if len(failed) > share * total:
+            raise VerifierFailureError(
+                f"{text} That is more than scoring.max_error_share={share:g} allows: mend the verifier."
             )
-        self.observer.message(
-            f"step {step}: the verifier failed on {len(failed)} of {total} samples; most often: {reason}"
-        )
+        self.observer.message(text)
 
     def measure(self, phase: str) -> tuple[EvalResult, list[float]]:
         """The held-out measurement of a phase with pass@k of each problem; `eval_before` is done once in a run's life."""
@@ -281,6 +301,7 @@ class _Run:
                 k=config.k,
                 seed=self.config.seed,
             )
+            self._report_failures(groups, phase)
             each = [pass_at_k(config.num_samples, sum(map(is_correct, g.samples)), config.k) for g in groups]
             step = 0 if phase == "eval_before" else self.config.num_steps
             texts = [self.prompter.text(group.task) for group in groups]
@@ -351,7 +372,7 @@ class _Run:
         (first, first_each), (last, last_each) = before, after
         metrics = read_metrics(self.record.run_dir)
         # A skipped step may have had no finite gap.
-        gaps = [m["logprob_gap_mean"] for m in metrics if m["logprob_gap_mean"] is not None]
+        gaps = [m["logprob_gap_mean"] for m in metrics if m.get("logprob_gap_mean") is not None]
         total, active = self.model.num_parameters()
         self._settle()
         verdict, text = learning_or_sharpening(first, first_each, last, last_each)
@@ -367,12 +388,13 @@ class _Run:
             "greedy_after": last.greedy,
             "num_problems": last.num_problems,
             "num_samples": last.num_samples,
+            "verifier_failures": first.num_failed + last.num_failed,
             "num_steps": self.config.num_steps,
             "wall_s": sum(self.seconds.values()),
             "seconds_by_stage": self.seconds,
             "logprob_gap_mean": statistics.fmean(gaps) if gaps else None,
             "logprob_gap_max": max(
-                (m["logprob_gap_max"] for m in metrics if m["logprob_gap_max"] is not None), default=None
+                (m["logprob_gap_max"] for m in metrics if m.get("logprob_gap_max") is not None), default=None
             ),
             "skipped_steps": sum(m["skipped"] for m in metrics),
             "engine": self.config.engine.kind,

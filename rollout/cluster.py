@@ -9,7 +9,9 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +51,7 @@ def start_cluster(num_cpus: int, log_dir: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix="gz-"))  # short: Ray puts sockets in it, whose paths have 107 bytes
     _cluster_folders = (temporary, log_dir)
     atexit.register(stop_cluster)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(
             address="local",
@@ -61,6 +64,11 @@ def start_cluster(num_cpus: int, log_dir: Path) -> None:
     except Exception as error:  # Ray raises many kinds here; each means that there is no cluster
         stop_cluster()
         raise EngineError(f"Ray did not start: {_first_line(error)}. Its logs: {log_dir / 'ray'}") from error
+    finally:
+        # Ray takes SIGTERM for itself; a run that is asked to stop wants to save first.
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def stop_cluster() -> None:
@@ -74,9 +82,13 @@ def stop_cluster() -> None:
     _cluster_folders = None
     atexit.unregister(stop_cluster)
     ray.shutdown()
-    for logs in temporary.glob("session_2*/logs"):
-        shutil.copytree(logs, log_dir / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
-    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for logs in temporary.glob("session_2*/logs"):
+            shutil.copytree(logs, log_dir / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True)
+    except OSError as error:  # logs must not hide why the run ends, a full disk for instance
+        logging.getLogger(__name__).warning("Ray's logs were not kept in %s: %s", log_dir / "ray", _first_line(error))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --- weights on their way through the object store -------------------------------------------------------------------

@@ -37,6 +37,8 @@ class EngineConfig(BaseModel):
     def _one_engine_in_process(self) -> EngineConfig:
         if self.placement == "in_process" and self.num_engines != 1:
             raise ValueError(f"placement='in_process' holds one engine, not num_engines={self.num_engines}; use 'ray'")
+        if self.placement == "in_process" and self.kind == "vllm":
+            raise ValueError("kind='vllm' needs placement='ray': vLLM takes over the threads of the process it runs in")
         return self
 
 

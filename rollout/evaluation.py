@@ -12,12 +12,14 @@ from rollout.records import Group, Sample, Task, seed_for
 from rollout.sampling import Prompter, sample_groups, score_groups
 from verifiers.pool import ScorePool
 
+FAILED = ("error", "timeout")
 EVAL_STEP = -1  # the step that seeds of evaluation samples are made of: no training step has it
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Means over problems; `greedy` is the accuracy of one sample each at temperature 0 (None if not asked for)."""
+    """Means over problems; `greedy` is the accuracy of one sample each at temperature 0 (None if not asked for),
+    `num_failed` how many samples the verifier could not judge: they count as not correct."""
 
     pass_at_1: float
     pass_at_k: float
@@ -26,6 +28,7 @@ class EvalResult:
     num_problems: int
     num_samples: int
     greedy: float | None
+    num_failed: int
     completion_tokens_mean: float
 
     def to_dict(self) -> dict[str, float | int | None]:
@@ -103,6 +106,7 @@ def evaluate(
         num_problems=len(groups),
         num_samples=num_samples,
         greedy=greedy_accuracy,
+        num_failed=sum(s.verdict is None or s.verdict.status in FAILED for g in groups for s in g.samples),
         completion_tokens_mean=sum(lengths) / len(lengths),
     )
     return result, groups

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -200,7 +201,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def command_to_resume(run_dir: Path, command: str = "train") -> str:
     """The shell command that resumes the run in `run_dir` from its own resolved config."""
-    return f"groupzero {command} {shlex.quote(str(run_dir / CONFIG))} --resume"
+    return f"{program()} {command} {shlex.quote(str(run_dir / CONFIG))} --resume"
+
+
+def program() -> str:
+    """How this process's command line was called, such as `.venv/bin/groupzero`; just `groupzero` inside other programs."""
+    called = Path(sys.argv[0])
+    return shlex.quote(str(called)) if called.name == "groupzero" else "groupzero"
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

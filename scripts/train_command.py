@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from distill.sft import SftConfig, train_sft
 from grpo.config import TrainConfig
+from grpo.report import write_report
 from grpo.train import latest_checkpoint, open_inputs, score_pool, train
 from rollout.cluster import running_engines
 from rollout.engine import SamplingParams
@@ -23,7 +25,7 @@ from rollout.errors import UserError
 from rollout.evaluation import evaluate
 from rollout.interrupt import RunInterrupted
 from rollout.records import Task
-from rollout.run import Observer, RunRecord
+from rollout.run import Observer, RunRecord, program
 from rollout.sampling import Prompter, sample_groups
 from rollout.tokenizer import load_tokenizer, stop_ids
 from rollout.toml_config import load_config, to_toml
@@ -38,6 +40,8 @@ def run_train(config_path: Path, overrides: Sequence[str], *, resume: bool) -> N
     began = time.monotonic() - (time.time() - psutil.Process().create_time())
     config = load_config(TrainConfig, config_path, overrides)
     if resume and (summary := _finished(config)) is not None:
+        if not (config.run_path / "report.html").exists():
+            write_report(config.run_path)
         _print_summary(summary, config.run_path)
         return
     base = _base_config(config)
@@ -66,7 +70,7 @@ def run_sft(config_path: Path, overrides: Sequence[str]) -> None:
             result = train_sft(config, display)
         except RunInterrupted as interrupt:
             display.close()
-            _stopped(str(interrupt), f"groupzero sft {config_path} {' '.join(overrides)}".strip())
+            _stopped(str(interrupt), shlex.join([program(), "sft", str(config_path), *overrides]))
     _console().print(f"pass@1 {result.pass_at_1:.3f}  {result.folder}", soft_wrap=True)
 
 
@@ -158,7 +162,17 @@ def _base_config(config: TrainConfig) -> SftConfig | None:
     """The config of the base to make, with this run's seed; None where the policy is a checkpoint."""
     if config.policy.sft_config is None:
         return None
-    return load_config(SftConfig, config.policy.sft_config, [f"seed={config.seed}"])
+    base = load_config(SftConfig, config.policy.sft_config, [f"seed={config.seed}"])
+    if base.template != config.template:
+        raise UserError(
+            f"template={config.template!r}, but {config.policy.sft_config} trains the base on {base.template!r}."
+        )
+    context = (base.model or {}).get("max_position_embeddings")
+    if context is not None and config.engine.max_model_len > context:
+        raise UserError(
+            f"engine.max_model_len={config.engine.max_model_len} exceeds the base's context of {context} tokens."
+        )
+    return base
 
 
 def _finished(config: TrainConfig) -> dict[str, Any] | None:
@@ -177,6 +191,14 @@ def _base(config: TrainConfig, base: SftConfig | None, record: RunRecord, observ
         assert config.policy.path is not None  # the config's own check
         return config.policy.path, 0.0
     result = train_sft(base, observer)
+    base_of_run = {"folder": str(result.folder), "pass_at_1": result.pass_at_1, "config": base.model_dump(mode="json")}
+    recorded = record.run_dir / "base.json"
+    if recorded.exists() and json.loads(recorded.read_text())["folder"] != base_of_run["folder"]:
+        raise UserError(
+            f"{recorded} names another base than {config.policy.sft_config} makes now ({result.folder}): the config or the "
+            f"code has changed since this run began, and it has no checkpoint yet. Remove {record.run_dir} to begin anew."
+        )
+    record.write_json("base", base_of_run)
     observer.message(f"base model: pass@1 {result.pass_at_1:.3f}, {result.folder}")
     return result.folder, result.seconds
 

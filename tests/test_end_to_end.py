@@ -206,16 +206,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert (cut / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_verifier_that_always_fails_stops_the_run(write_config: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("verifier", "words"), [("fails_in_training", "8 of 8"), ("always_fails", "12 of 12")])
+def test_a_verifier_that_fails_too_often_stops_the_run(
+    write_config: Callable[..., Path], tmp_path: Path, verifier: str, words: str
+) -> None:
     config = write_config(
-        rewards=[{"name": "accuracy", "verifier": "tests.end_to_end_plugins:always_fails"}],
+        rewards=[{"name": "accuracy", "verifier": f"tests.end_to_end_plugins:{verifier}"}],
         scoring={"max_error_share": 0.5, "num_workers": 1},
     )
     code, output = run_cli("train", str(config))
     assert code == 1
     assert "no completion is good enough" in output
-    assert "8 of 8" in output
-    assert (tmp_path / "runs" / "tiny-0" / "checkpoints" / "step-000000" / "learner.pt").exists()
+    assert words in output
+    run = tmp_path / "runs" / "tiny-0"
+    assert (run / "checkpoints" / "step-000000" / "learner.pt").exists() == (verifier == "fails_in_training")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(

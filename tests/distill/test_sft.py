@@ -127,7 +127,7 @@ def test_rates_fall_from_the_measured_quality_and_a_poor_model_is_an_error(tmp_p
     assert len(observer.metrics) == 3 + 2  # the first measurement at step 3, then decay_steps
     demanding = make_config(tmp_path).model_dump()
     demanding["eval"]["required_pass_at_1"] = 1.0
-    with pytest.raises(SftError, match="below eval.required_pass_at_1=1"):
+    with pytest.raises(SftError, match=r"below eval\.required_pass_at_1=1"):
         train_sft(SftConfig.model_validate(demanding), SilentObserver())
     assert not output_folder(SftConfig.model_validate(demanding)).exists()
 

@@ -189,7 +189,7 @@ def test_the_reference_never_learns_and_is_absent_without_kl(tmp_path: Path) -> 
     assert not any(parameter.requires_grad for parameter in learner.reference.parameters())
     without = make_learner(tmp_path)
     assert without.reference is None
-    assert without.step(make_batch(without.model), 0)["kl"] == 0
+    assert "kl" not in without.step(make_batch(without.model), 0)
     without.refresh_reference()
     assert without.state_dict()["reference"] is None
 

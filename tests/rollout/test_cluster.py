@@ -125,12 +125,16 @@ from rollout.cluster import EngineConfig, running_engines
 from rollout.engine import SamplingParams
 
 checkpoint_dir, log_dir = map(Path, sys.argv[1:])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+asked_to_stop = lambda number, frame: None
+signal.signal(signal.SIGTERM, asked_to_stop)
 
 def slow_down(host):
     fast = host.engine.generate
     host.engine.generate = lambda *request: (time.sleep(2), fast(*request))[1]
 
 with running_engines(EngineConfig(kind="torch", max_model_len=64), checkpoint_dir, log_dir, num_cpus=1) as engine:
+    assert signal.getsignal(signal.SIGTERM) is asked_to_stop, "Ray took the handler of SIGTERM"
     ray.get(engine.actor.__ray_call__.remote(slow_down))
     print("ready", flush=True)
     try:

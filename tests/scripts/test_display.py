@@ -166,7 +166,9 @@ def test_sparkline_means_and_bounds() -> None:
 
 def run_in_terminal(body: str, *, interrupt_after: str | None = None) -> tuple[str, int]:
     """What a program prints to an 80-column pseudo-terminal, and its exit status; Ctrl-C once a text has appeared."""
-    code = f"from scripts.display import Display\nimport time\n{body}"
+    # A shell's background job ignores Ctrl-C, and its children with it.
+    listen = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = f"from scripts.display import Display\nimport time\n{listen}{body}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
     main, side = pty.openpty()
     process = subprocess.Popen(

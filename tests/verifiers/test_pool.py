@@ -45,8 +45,8 @@ def act(completion, task):
     if completion == "print":
         print("x" * 100_000); print("noise", file=sys.stderr); os.write(1, b"raw")
     if completion == "fork" and os.fork() == 0: return 0.0
-    if completion == "close": os.closerange(3, 100)
-    if completion == "garbage": [write(fd) for fd in range(3, 20)]
+    if completion == "close": os.closerange(3, 4096)
+    if completion == "garbage": [write(fd) for fd in range(3, 4096)]
     if completion == "child": os.posix_spawn("/bin/sleep", ["sleep", "987"], {}); time.sleep(60)
     if completion == "nap": time.sleep(0.4)
     if completion == "pid": return Verdict(score=1.0, status="correct", reason=str(os.getpid()))
