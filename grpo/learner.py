@@ -122,7 +122,9 @@ class Learner:
             self.accelerator.backward(loss)
             total = terms if total is None else total + terms
         assert total is not None  # a minibatch has at least one sample
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        assert clipped is not None
+        norm = float(clipped)
         self.num_optimizer_steps += 1
         if self._finite(total, norm):
             self.skipped_in_a_row = 0

@@ -120,7 +120,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_rates_fall_from_the_measured_quality_and_a_poor_model_is_an_error(tmp_path: Path) -> None:
-    good_enough = make_config(tmp_path).model_dump() | {"max_steps": 50}
+    good_enough: dict[str, Any] = make_config(tmp_path).model_dump() | {"max_steps": 50}
     good_enough["eval"]["decay_at_pass_at_1"] = 0.0
     observer = Recorder()
     train_sft(SftConfig.model_validate(good_enough), observer)
