@@ -92,7 +92,9 @@ class SftEvalConfig(_Table):
     verifier: str = Field(default="numeric", description="what judges a completion")
     num_problems: int = Field(default=128, ge=1, description="how many tasks, from the first")
     num_samples: int = Field(default=2, ge=1, description="samples per task at temperature 1")
-    every_steps: int = Field(default=50, ge=1, description="measure every so many steps until the rates fall, and at the end")
+    every_steps: int = Field(
+        default=50, ge=1, description="measure every so many steps until the rates fall, and at the end"
+    )
     max_completion_tokens: int = Field(default=128, ge=1, description="longest completion, in tokens")
     decay_at_pass_at_1: float = Field(
         ge=0, le=1, description="pass@1 at which the rates begin to fall; latest decay_steps before max_steps"
