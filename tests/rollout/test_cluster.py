@@ -172,9 +172,9 @@ def test_ctrl_c_reaches_the_learner_alone_and_nothing_else_is_printed(checkpoint
 
 
 def test_an_engine_in_this_process_is_a_single_one() -> None:
-    assert EngineConfig(placement="in_process").num_engines == 1
+    assert EngineConfig(kind="torch", placement="in_process").num_engines == 1
     with pytest.raises(ValidationError, match="holds one engine"):
-        EngineConfig(placement="in_process", num_engines=2)
+        EngineConfig(kind="torch", placement="in_process", num_engines=2)
     with pytest.raises(ValidationError, match="gpu_count"):
         EngineConfig(gpu_count=1)  # type: ignore[call-arg]
 
