@@ -175,6 +175,8 @@ def test_an_engine_in_this_process_is_a_single_one() -> None:
     assert EngineConfig(kind="torch", placement="in_process").num_engines == 1
     with pytest.raises(ValidationError, match="holds one engine"):
         EngineConfig(kind="torch", placement="in_process", num_engines=2)
+    with pytest.raises(ValidationError, match="needs placement='ray'"):
+        EngineConfig(kind="vllm", placement="in_process")
     with pytest.raises(ValidationError, match="gpu_count"):
         EngineConfig(gpu_count=1)  # type: ignore[call-arg]
 
