@@ -158,12 +158,12 @@ def generate_documents(
     split: str,
     start: int,
     count: int,
-    worked: float = 0.9,
-    worked_rare: float = 0.4,
+    worked: float = CorpusMix.worked,
+    worked_rare: float = CorpusMix.worked_rare,
     rare_kinds: tuple[str, ...] | list[str] = CorpusMix.rare_kinds,
-    ignore_precedence: float = 0.7,
-    slip: float = 0.02,
-    untagged: float = 0.1,
+    ignore_precedence: float = CorpusMix.ignore_precedence,
+    slip: float = CorpusMix.slip,
+    untagged: float = CorpusMix.untagged,
 ) -> list[Task]:
     """Documents `start` .. `start + count` of the endless corpus that `seed` defines; `answer` is the completion's text."""
     if split != "train":
