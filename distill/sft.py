@@ -12,7 +12,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
+from policy.account import account_of
+from policy.auxiliary import AuxiliaryTotals, auxiliary_loss
+from policy.balance import balance_experts
 from policy.checkpoint import atomic_folder, load_policy, save_policy
 from policy.config import PolicyConfig
 from policy.deepseek import DeepseekPolicy
+from policy.dense import DensePolicy
+from policy.dense_config import DenseConfig
+from policy.interface import Policy
 from policy.layer_groups import layer_group
 from policy.logprobs import token_logprobs
 from policy.optim import Muon, warmup_then_linear
@@ -64,10 +71,15 @@ class _Table(BaseModel):
 
 def _shape(values: dict[str, Any]) -> dict[str, Any]:
     try:
-        PolicyConfig(**{"vocab_size": 1, **values})
+        _config_of({"vocab_size": 1 << 16, **values})
     except TypeError as error:
         raise ValueError(f"not the shape of a policy: {str(error).partition('()')[2].strip() or error}") from error
     return values
+
+
+def _config_of(shape: Mapping[str, Any]) -> PolicyConfig | DenseConfig:
+    """A DeepSeek policy's config, or with a `model_type` that of a dense model."""
+    return DenseConfig.of_shape(shape) if "model_type" in shape else PolicyConfig(**shape)
 
 
 class SftOptimizerConfig(_Table):
@@ -82,6 +94,14 @@ class SftOptimizerConfig(_Table):
     )
     balance_gamma: float = Field(
         default=0.01, ge=0, description="step of the routing biases towards even load, per optimizer step"
+    )
+    balance_alpha: float = Field(
+        default=0.0, ge=0, description="weight of the sequence-wise balance loss (DeepSeek-V3: 1e-4)"
+    )
+    mtp_loss_weight: float = Field(
+        default=0.3,
+        ge=0,
+        description="weight of multi-token prediction, where the model has it (DeepSeek-V3: 0.3, later 0.1)",
     )
 
 
@@ -111,7 +131,8 @@ class SftConfig(_Table):
     template: Annotated[str, AfterValidator(check_template)] = Field(default="r1_zero", description="prompt template")
     init: Path | None = Field(default=None, description="checkpoint to start from, with its tokenizer")
     model: Annotated[dict[str, Any], AfterValidator(_shape)] | None = Field(
-        default=None, description="shape of a new policy: PolicyConfig's fields but vocab_size"
+        default=None,
+        description="shape of a new policy: PolicyConfig's fields but vocab_size, or model_type and the fields of a dense one",
     )
     vocab_size: int = Field(default=512, ge=300, description="largest vocabulary of the new tokenizer")
     tokenizer_documents: int = Field(default=2000, ge=1, description="documents that the new tokenizer is trained on")
@@ -194,7 +215,7 @@ class _Training:
         self.step = 0
         self.decay_from: int | None = None
 
-    def _start(self) -> tuple[DeepseekPolicy, PreTrainedTokenizerBase]:
+    def _start(self) -> tuple[Policy, PreTrainedTokenizerBase]:
         config = self.config
         if config.init is not None:
             return load_policy(config.init), load_tokenizer(config.init)
@@ -211,17 +232,22 @@ class _Training:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        model = DeepseekPolicy(PolicyConfig(**(config.model | shape)))
+        if "model_type" in config.model:
+            # transformers' default would be a token of another vocabulary.
+            shape["bos_token_id"] = tokenizer.bos_token_id
+        policy_config = _config_of(config.model | shape)
+        model = DensePolicy(policy_config) if isinstance(policy_config, DenseConfig) else DeepseekPolicy(policy_config)
         model.reset_parameters(config.seed)
         return model, tokenizer
 
     def run(self, stop: threading.Event) -> None:
         """Train until the quality is reached, measuring every so often; write the checkpoint."""
         config = self.config
-        total, active = self.model.num_parameters()
+        size = account_of(self.model.config).parameters
         self.observer.stage(
             "base model",
-            f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; decay at pass@1 {config.eval.decay_at_pass_at_1:g}",
+            f"{size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active; "
+            f"decay at pass@1 {config.eval.decay_at_pass_at_1:g}",
         )
         if (self.partial / "state.pt").exists():
             self._resume()
@@ -284,10 +310,12 @@ class _Training:
             raise UserError(
                 f"a document has {max(lengths)} tokens, more than max_tokens_per_microbatch={config.max_tokens_per_microbatch}"
             )
+        totals = self._auxiliary_totals(pairs)
         loss_sum = 0.0
         for rows in pack_by_length(lengths, config.max_tokens_per_microbatch):
-            loss = self._loss([pairs[row] for row in rows]) / num_targets
-            loss.backward()
+            loss, auxiliary = self._loss([pairs[row] for row in rows], totals)
+            loss = loss / num_targets
+            (loss + auxiliary).backward()
             loss_sum += float(loss.detach())
         if not math.isfinite(loss_sum):
             raise SftError(
@@ -297,11 +325,11 @@ class _Training:
         norm = torch.nn.utils.clip_grad_norm_(rest, config.optimizer.max_grad_norm)
         self.muon.step()
         self.adamw.step()
-        violation = self.model.balance_experts(config.optimizer.balance_gamma)
+        load = balance_experts(self.model, config.optimizer.balance_gamma)
         return {
             "loss": loss_sum,
             "grad_norm": float(norm),
-            "max_violation": violation,
+            **load.metrics(),
             "tokens_per_s": sum(lengths) / (time.monotonic() - start),
         }
 
@@ -311,15 +339,36 @@ class _Training:
         completion = self.tokenizer(str(task.answer), add_special_tokens=False)["input_ids"]
         return prompt, [*completion, *stop_ids(self.tokenizer)]
 
-    def _loss(self, pairs: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
-        """Summed negative log-likelihood of the completions, in nats."""
+    def _auxiliary_totals(self, pairs: Sequence[tuple[list[int], list[int]]]) -> AuxiliaryTotals:
+        """The whole step's targets ahead, and sequences."""
+        _, position_ids, _, mask = self._packed(pairs)
+        return AuxiliaryTotals.of(position_ids, mask, len(pairs), len(self.model.mtp_layers))
+
+    def _packed(self, pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """input_ids [T], position_ids [T], cu_seqlens [B + 1] and the mask [T] of completions."""
         device = self.device
         tokens = [token for prompt, completion in pairs for token in (*prompt, *completion)]
         _, position_ids, cu_seqlens = layout(torch.tensor([len(p) + len(c) for p, c in pairs], device=device))
         mask = torch.tensor([place >= len(p) for p, c in pairs for place in range(len(p) + len(c))], device=device)
-        input_ids = torch.tensor(tokens, device=device)
-        logprobs, _ = token_logprobs(self.model, input_ids, position_ids, cu_seqlens, mask=mask)
-        return -logprobs.sum()
+        return torch.tensor(tokens, device=device), position_ids, cu_seqlens, mask
+
+    def _loss(self, pairs: Sequence[tuple[list[int], list[int]]], totals: AuxiliaryTotals) -> tuple[Tensor, Tensor]:
+        """Summed negative log-likelihood of the completions, in nats, and this part's share of the auxiliary losses."""
+        options = self.config.optimizer
+        input_ids, position_ids, cu_seqlens, mask = self._packed(pairs)
+        said = token_logprobs(
+            self.model,
+            input_ids,
+            position_ids,
+            cu_seqlens,
+            mask=mask,
+            mtp=bool(self.model.mtp_layers) and options.mtp_loss_weight > 0,
+            return_balance_loss=options.balance_alpha > 0,
+        )
+        auxiliary = auxiliary_loss(
+            said, totals, mtp_loss_weight=options.mtp_loss_weight, balance_alpha=options.balance_alpha
+        )
+        return -said.logprobs.sum(), auxiliary
 
     def _measure(self) -> float:
         """pass@1 on the held-out tasks, sampled by the torch engine at temperature 1."""
@@ -362,7 +411,7 @@ class _Training:
         self.observer.message(f"going on from step {self.step} of an interrupted base model")
 
 
-def _optimizers(model: DeepseekPolicy, config: SftOptimizerConfig) -> tuple[Muon, torch.optim.AdamW]:
+def _optimizers(model: Policy, config: SftOptimizerConfig) -> tuple[Muon, torch.optim.AdamW]:
     """Muon on the weight matrices of attention and feed-forward layers, AdamW on everything else."""
     by_adamw = {"embedding", "head", "router", "norms"}
     named = list(model.named_parameters())

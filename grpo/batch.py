@@ -25,6 +25,7 @@ class Batch:
     `input_ids`, `position_ids` and `sequence_ids` (0 to B-1) are int64 [T]; `cu_seqlens` int32 [B+1], where each
     sequence starts, then T; `completion_mask` bool [T]; `rollout_logprobs` (nats, 0 on prompts) and `advantages` (one
     value per sequence) floating [T]. `sequence_index` int64 [B] is each sequence's place in the step's list of samples.
+    `routed_experts` int64 [T, MoE layers, top-k] are the engine's choices, -1 where it made none; None if not recorded.
     `old_logprobs`, `ref_logprobs` and `weights` [T] are None until the learner fills them, with `dataclasses.replace`.
     """
 
@@ -36,6 +37,7 @@ class Batch:
     rollout_logprobs: Tensor
     advantages: Tensor
     sequence_index: Tensor
+    routed_experts: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     weights: Tensor | None = None
@@ -67,6 +69,7 @@ _PER_TOKEN = (
     "completion_mask",
     "rollout_logprobs",
     "advantages",
+    "routed_experts",
     "old_logprobs",
     "ref_logprobs",
     "weights",
@@ -102,7 +105,25 @@ def build_batch(
         rollout_logprobs=torch.from_numpy(np.concatenate(rollout)).to(dtype),
         advantages=values[sequence_ids],
         sequence_index=torch.arange(len(samples)),
+        routed_experts=_routed_experts(samples),
     )
+
+
+def _routed_experts(samples: Sequence[Sample]) -> Tensor | None:
+    """[T, M, K] if every sample has its own, None if none has; UserError for anything between, naming the sample."""
+    if all(sample.routed_experts is None for sample in samples):
+        return None
+    parts = []
+    for s in samples:
+        length = len(s.prompt_ids) + len(s.completion_ids)
+        if s.routed_experts is None or len(s.routed_experts) != length:
+            found = "none" if s.routed_experts is None else f"those of {len(s.routed_experts)}"
+            raise UserError(
+                f"sample {s.sample_index} of task {s.task_id} has {length} tokens and routed_experts of {found}: "
+                "the engine must return them for every token of every sample, or for no sample"
+            )
+        parts.append(s.routed_experts.astype(np.int64))
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def with_weights(

@@ -104,6 +104,10 @@ class AlgorithmConfig(_Table):
     kl_importance_weighted: bool = Field(
         default=False, description="weight the KL by the ratio (DeepSeek-V3.2's unbiased estimate)"
     )
+    routing_replay: bool = Field(
+        default=False,
+        description="route the learner's tokens to the experts that the engine chose (needs engine.return_routed_experts)",
+    )
     reference_refresh_steps: int = Field(
         default=0, ge=0, description="the reference becomes the policy every so many steps; 0: never"
     )
@@ -137,6 +141,20 @@ class LearnerConfig(_Table):
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay; norm gains never decay")
     warmup_steps: int = Field(default=0, ge=0, description="optimizer steps of linear warm-up")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    balance_gamma: float = Field(
+        default=0.0, ge=0, description="step of the routing biases towards even load; 0 leaves them as they are"
+    )
+    balance_alpha: float = Field(
+        default=0.0, ge=0, description="weight of the sequence-wise balance loss (DeepSeek-V3: 1e-4)"
+    )
+    mtp_loss_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the loss that keeps multi-token prediction a good draft; it moves those layers alone",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="keep each layer's input only and compute the rest again: less memory, more time"
+    )
     num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per rollout step")
     max_tokens_per_microbatch: int = Field(
         default=8192, ge=1, description="tokens in one forward pass; a matter of memory only"
@@ -209,6 +227,10 @@ class TrainConfig(_Table):
             raise ValueError(
                 f"learner.num_minibatches={self.learner.num_minibatches} exceeds the step's "
                 f"{self.num_prompts * self.group_size} samples (num_prompts * group_size)"
+            )
+        if self.algorithm.routing_replay and not self.engine.return_routed_experts:
+            raise ValueError(
+                "algorithm.routing_replay needs engine.return_routed_experts = true, to have what to replay"
             )
         if self.learner.max_tokens_per_microbatch < self.engine.max_model_len:
             raise ValueError(

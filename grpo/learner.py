@@ -19,8 +19,10 @@ from torch import Tensor
 from grpo.batch import Batch, concat_batches, split_microbatches, split_minibatches, with_weights
 from grpo.config import AlgorithmConfig, LearnerConfig
 from grpo.losses import LossTerms, grpo_loss
-from policy.deepseek import DeepseekPolicy
-from policy.logprobs import token_logprobs
+from policy.auxiliary import AuxiliaryTotals, auxiliary_loss
+from policy.balance import balance_experts
+from policy.interface import Policy
+from policy.logprobs import TokenLogprobs, token_logprobs
 from policy.optim import parameter_groups, warmup_constant
 from rollout.errors import UserError
 
@@ -37,7 +39,7 @@ class Learner:
 
     def __init__(
         self,
-        model: DeepseekPolicy,
+        model: Policy,
         config: LearnerConfig,
         algorithm: AlgorithmConfig,
         *,
@@ -55,10 +57,11 @@ class Learner:
         self.temperature, self.seed, self.bad_batch_path = temperature, seed, bad_batch_path
         groups = parameter_groups(model, config.lr, config.weight_decay, config.lr_scale)
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-        self.model: DeepseekPolicy
+        self.model: Policy
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.warmup = warmup_constant(config.warmup_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.warmup)
+        self.model.enable_activation_checkpointing(config.activation_checkpointing)
         self.reference = copy.deepcopy(model).eval().requires_grad_(False) if algorithm.kl_coef > 0 else None
         self.num_optimizer_steps = 0
         self.skipped_in_a_row = 0
@@ -88,7 +91,8 @@ class Learner:
             terms.append(term)
             norms.append(norm)
             skipped += not self._finite(term, norm)
-        return self._metrics(terms, norms, skipped)
+        load = balance_experts(self.model, self.config.balance_gamma)
+        return self._metrics(terms, norms, skipped) | load.metrics()
 
     def refresh_reference(self) -> None:
         """Make the policy's present weights the reference."""
@@ -117,8 +121,11 @@ class Learner:
     def _optimizer_step(self, minibatch: Batch) -> tuple[LossTerms, float]:
         self.optimizer.zero_grad(set_to_none=True)
         total: LossTerms | None = None
+        totals = AuxiliaryTotals.of(
+            minibatch.position_ids, minibatch.completion_mask, minibatch.num_sequences, len(self.model.mtp_layers)
+        )
         for part in split_microbatches(minibatch, self.config.max_tokens_per_microbatch):
-            loss, terms = self._loss(part)
+            loss, terms = self._loss(part, totals)
             self.accelerator.backward(loss)
             total = terms if total is None else total + terms
         assert total is not None  # a minibatch has at least one sample
@@ -137,12 +144,12 @@ class Learner:
             self.schedule.step()
         return total, norm
 
-    def _loss(self, part: Batch) -> tuple[Tensor, LossTerms]:
+    def _loss(self, part: Batch, totals: AuxiliaryTotals) -> tuple[Tensor, LossTerms]:
         algorithm = self.algorithm
         assert part.weights is not None
-        logprobs, entropy = self._logprobs(self.model, part)
-        return grpo_loss(
-            logprobs,
+        said = self._logprobs(self.model, part, auxiliary=True)
+        loss, terms = grpo_loss(
+            said.logprobs,
             advantages=part.advantages,
             weights=part.weights,
             completion_mask=part.completion_mask,
@@ -151,7 +158,7 @@ class Learner:
             old_logprobs=part.old_logprobs,
             rollout_logprobs=part.rollout_logprobs,
             ref_logprobs=part.ref_logprobs,
-            entropy=entropy,
+            entropy=said.entropy.detach(),  # measured, not trained
             ratio_level=algorithm.ratio_level,
             surrogate=algorithm.surrogate,
             clip_low=algorithm.clip_low,
@@ -162,8 +169,13 @@ class Learner:
             kl_estimator=algorithm.kl_estimator,
             kl_importance_weighted=algorithm.kl_importance_weighted,
         )
+        config = self.config
+        return loss + auxiliary_loss(
+            said, totals, mtp_loss_weight=config.mtp_loss_weight, balance_alpha=config.balance_alpha
+        ), terms
 
-    def _logprobs(self, model: DeepseekPolicy, part: Batch) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: Policy, part: Batch, *, auxiliary: bool = False) -> TokenLogprobs:
+        """What `model` says of the part's tokens, with what the auxiliary losses need if they have a weight."""
         return token_logprobs(
             model,
             part.input_ids,
@@ -171,13 +183,17 @@ class Learner:
             part.cu_seqlens,
             mask=part.completion_mask,
             temperature=self.temperature,
+            # The samples are the policy's own: their likelihood must not be raised, so the gradient stops at the drafts.
+            mtp="detached" if auxiliary and self.config.mtp_loss_weight else False,
+            routed_experts=part.routed_experts if self.algorithm.routing_replay else None,
+            return_balance_loss=auxiliary and self.config.balance_alpha > 0,
         )
 
     @torch.no_grad()
-    def _fill(self, batch: Batch, field: str, model: DeepseekPolicy) -> Batch:
+    def _fill(self, batch: Batch, field: str, model: Policy) -> Batch:
         """The batch with `field` [T] set to log-probabilities under `model`."""
         parts = split_microbatches(batch, self.config.max_tokens_per_microbatch)
-        filled = [dataclasses.replace(part, **{field: self._logprobs(model, part)[0]}) for part in parts]
+        filled = [dataclasses.replace(part, **{field: self._logprobs(model, part).logprobs}) for part in parts]
         return concat_batches(filled)
 
     @staticmethod

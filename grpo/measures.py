@@ -62,6 +62,8 @@ def sample_metrics(groups: Sequence[Group], reward_names: Sequence[str]) -> dict
         metrics[f"reward_{name}"] = statistics.fmean(verdict.parts.get(name, 0.0) for verdict in verdicts)
     for status in ("correct", "wrong", "unparsable", "timeout", "error"):
         metrics[f"status_{status}"] = statuses[status]
+    if drafted := sum(sample.num_draft_tokens for sample in samples):
+        metrics["draft_acceptance"] = sum(sample.num_accepted_tokens for sample in samples) / drafted
     return metrics
 
 

@@ -24,8 +24,9 @@ from grpo.config import TrainConfig
 from grpo.learner import Learner, NonFiniteLossError
 from grpo.measures import learning_or_sharpening, read_eval, sample_metrics, with_advantages
 from grpo.report import write_report
+from policy.account import account_of
 from policy.checkpoint import atomic_folder, load_policy, save_policy
-from policy.deepseek import DeepseekPolicy
+from policy.interface import Policy
 from rollout.cluster import running_engines
 from rollout.engine import Engine, SamplingParams
 from rollout.errors import UserError
@@ -132,7 +133,7 @@ class _Run:
             shutil.rmtree(leftover, ignore_errors=True)
         latest = latest_checkpoint(self.checkpoints)
         self.weights_dir = latest or base_dir
-        self.model: DeepseekPolicy = load_policy(self.weights_dir)
+        self.model: Policy = load_policy(self.weights_dir)
         self.tokenizer = load_tokenizer(self.weights_dir)
         self.learner = Learner(
             self.model,
@@ -376,7 +377,7 @@ class _Run:
         metrics = read_metrics(self.record.run_dir)
         # A skipped step may have had no finite gap.
         gaps = [m["logprob_gap_mean"] for m in metrics if m.get("logprob_gap_mean") is not None]
-        total, active = self.model.num_parameters()
+        size = account_of(self.model.config).parameters
         self._settle()
         verdict, text = learning_or_sharpening(first, first_each, last, last_each)
         summary = {
@@ -402,7 +403,7 @@ class _Run:
             "skipped_steps": sum(m["skipped"] for m in metrics),
             "engine": self.config.engine.kind,
             "seed": self.config.seed,
-            "model": {"total_params": total, "active_params": active},
+            "model": {"total_params": size.total, "active_params": size.active},
             "verdict": verdict,
             "learning_or_sharpening": text,
             "checkpoint": str(latest_checkpoint(self.checkpoints)),

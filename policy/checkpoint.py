@@ -1,173 +1,185 @@
-"""Hugging Face checkpoints of the policy: written whole or not at all, refused when anything is missing or misshapen."""
+"""Checkpoints of policies: config.json and safetensors, written whole or not at all, refused when anything is amiss.
+
+Both ways are streams: beyond the model itself, memory holds one file's mapped pages (reading) or one piece of a tensor
+(writing). Formats are in `checkpoint_read`, `checkpoint_write` and `fp8_format`, names in `checkpoint_names`.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from policy.atomic import CheckpointError, atomic_folder
+from policy.checkpoint_names import (
+    EMBEDDING,
+    HEAD,
+    ROUTER_BIAS,
+    expert_names,
+    layer_index,
+    prediction_layers,
+    shared_names,
+)
+from policy.checkpoint_read import Target, check_alias, check_fit, json_object, load_weights, read_headers
+from policy.checkpoint_write import MAX_SHARD_BYTES, SaveDtype, Source, write_weights
 from policy.config import PolicyConfig, PolicyConfigError
 from policy.deepseek import DeepseekPolicy
+from policy.dense import load_dense
+from policy.dense_config import DenseConfig
+from policy.fp8_format import QUANTIZATION_CONFIG, quantization_problem
+from policy.interface import Policy
+
+OUR_MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+__all__ = [
+    "CheckpointError",
+    "atomic_folder",
+    "hf_state_dict",
+    "load_hf_state_dict",
+    "load_policy",
+    "read_config",
+    "save_policy",
+]
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that can't be read or written; the message names the folder and what is wrong with it."""
-
-
-def hf_state_dict(model: DeepseekPolicy) -> dict[str, Tensor]:
+def hf_state_dict(model: Policy) -> dict[str, Tensor]:
     """The weights under the released checkpoint's names, one entry per expert, as views (nothing is copied)."""
-    named: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            stem = name.removesuffix("gate_up_proj")
-            for expert, both in enumerate(value):
-                gate, up = both.chunk(2)
-                named[f"{stem}{expert}.gate_proj.weight"], named[f"{stem}{expert}.up_proj.weight"] = gate, up
-        elif name.endswith("experts.down_proj"):
-            stem = name.removesuffix("down_proj")
-            named |= {f"{stem}{expert}.down_proj.weight": down for expert, down in enumerate(value)}
-        elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            named[name] = value
-    return named
+    return expert_names(model) if isinstance(model, DeepseekPolicy) else model.hf_state_dict()
+
+
+def targets_of(model: Policy) -> list[Target]:
+    """What has to be filled to load the model; weights that a checkpoint may repeat are compared."""
+    own = hf_state_dict(model)
+    targets = [Target(name, tuple(value.shape), value) for name, value in own.items()]
+    if isinstance(model, DeepseekPolicy):
+        repeated = shared_names(model.config)
+        if model.config.tie_word_embeddings:
+            repeated[HEAD] = EMBEDDING
+        targets += [Target(name, tuple(own[of].shape), own[of], alias=True) for name, of in repeated.items()]
+    return targets
+
+
+def sources_of(model: Policy) -> list[Source]:
+    """What a checkpoint of the model holds; the prediction layers repeat embedding and head, as in the release."""
+    own = hf_state_dict(model)
+    if isinstance(model, DeepseekPolicy):
+        own |= {name: own[of] for name, of in shared_names(model.config).items()}
+    return [
+        Source(name, tuple(value.shape), value.dtype, lambda value=value: value.detach(), name.endswith(ROUTER_BIAS))
+        for name, value in own.items()
+    ]
 
 
 @torch.no_grad()
-def load_hf_state_dict(model: DeepseekPolicy, weights: Mapping[str, Tensor], where: str) -> None:
+def load_hf_state_dict(model: Policy, weights: Mapping[str, Tensor], where: str) -> None:
     """Copy weights into the model in place; names that are missing, unknown or misshapen are listed in the error."""
-    own = hf_state_dict(model)
-    problems = [f"missing {name}" for name in own.keys() - weights.keys()]
-    problems += [f"unknown {name}" for name in weights.keys() - own.keys()]
-    problems += [
-        f"{name} is {list(weights[name].shape)}, the config says {list(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if own[name].shape != weights[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:8])
-        raise CheckpointError(f"{where} does not fit the policy in {len(problems)} places: {shown}")
-    for name, target in own.items():
-        target.copy_(weights[name])
+    targets = targets_of(model)
+    check_fit({name: tuple(value.shape) for name, value in weights.items()}, targets, where)
+    firsts = {target.into: target.name for target in targets if not target.alias}
+    for target in targets:
+        if target.alias and target.name in weights:
+            check_alias(target.name, weights[firsts[target.into]], weights[target.name], where)
+    for target in targets:
+        if not target.alias and target.into is not None:
+            target.into.copy_(weights[target.name])
 
 
-def save_policy(model: DeepseekPolicy, folder: Path) -> None:
-    """Write config.json and safetensors into an existing folder (see `atomic_folder`)."""
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    weights = {
-        name: value.detach().clone(memory_format=torch.contiguous_format)
-        for name, value in hf_state_dict(model).items()
-    }
-    save_torch_state_dict(weights, folder, max_shard_size="4GB")
-    (folder / "config.json").write_text(json.dumps(model.config.to_hf_dict(dtype), indent=2) + "\n")
+def save_policy(
+    model: Policy,
+    folder: Path,
+    dtype: SaveDtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json and safetensors into an existing folder (see `atomic_folder`), as `dtype` or as they are.
+
+    "float8_e4m3fn" is the released FP8 format; what it leaves out is written in bfloat16. Router biases stay in fp32.
+    """
+    write_weights(sources_of(model), folder, dtype, max_shard_bytes)
+    write_config(model, folder, dtype)
 
 
-def read_config(folder: Path) -> PolicyConfig:
-    """The policy's config of a checkpoint; a folder that holds none is a CheckpointError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
+def write_config(model: Policy, folder: Path, dtype: SaveDtype | None = None) -> None:
+    """Write config.json for weights saved as `dtype`."""
+    quantised = dtype == "float8_e4m3fn"
+    stated = "bfloat16" if quantised else dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
+    values = model.config.to_hf_dict(stated)
+    if quantised:
+        values["quantization_config"] = QUANTIZATION_CONFIG
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> PolicyConfig | DenseConfig:
+    """The policy's config of a checkpoint, a dense one's for an architecture other than DeepSeek's; CheckpointError."""
+    values = _config_values(folder)
+    where = folder / "config.json"
     try:
-        return PolicyConfig.from_hf_dict(_json_object(path))
+        if values.get("model_type") not in OUR_MODEL_TYPES:
+            return DenseConfig.from_hf_dict(values)
+        if problem := quantization_problem(values):
+            raise CheckpointError(
+                f"{where} has {problem}; of quantised weights, e4m3 in blocks of 128 x 128 can be read"
+            )
+        return PolicyConfig.from_hf_dict(values)
     except PolicyConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{where}: {error}") from error
 
 
-def load_policy(folder: Path, dtype: torch.dtype = torch.float32) -> DeepseekPolicy:
-    """Build the policy of a checkpoint and load its weights as `dtype` (buffers stay fp32)."""
+def load_policy(folder: Path, dtype: torch.dtype = torch.float32, drop_mtp: bool = False) -> Policy:
+    """Build the policy of a checkpoint and load its weights as `dtype` (buffers stay fp32); FP8 is dequantised.
+
+    `drop_mtp` leaves out multi-token prediction, whatever of it config.json and the files hold; without it the two have
+    to agree. An architecture other than DeepSeek's is loaded as a dense model.
+    """
     folder = Path(folder)
     config = read_config(folder)
-    model = DeepseekPolicy(config).to(dtype)
-    for buffer in model.buffers():  # biases move in steps too small, and loads count too high, for half precision
-        buffer.data = buffer.data.float()
-    load_hf_state_dict(model, read_weights(folder), str(folder))
+    if isinstance(config, DenseConfig):
+        return load_dense(folder, dtype)
+    if drop_mtp:
+        config = replace(config, num_nextn_predict_layers=0)
+    ignored = _ignored(folder, config, drop_mtp)
+    model = empty_policy(config, dtype)
+    load_weights(folder, targets_of(model), ignored)
     return model
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's safetensors files, one file or several with an index."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        weight_map = _json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map")
-        names = sorted(set(weight_map.values()))
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder} lacks {name}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
-    return weights
+def empty_policy(config: PolicyConfig, dtype: torch.dtype) -> DeepseekPolicy:
+    """A policy whose parameters, of type `dtype`, hold arbitrary values; buffers are fp32 zeros.
 
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:  # of JSON or of UTF-8
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
-    return values
-
-
-@contextmanager
-def atomic_folder(folder: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well and vanishes when it doesn't.
-
-    Raises CheckpointError when fewer than `needed_bytes` are free, or when writing fails; what was at `folder` before
-    stays whole until the new one is on disk.
+    Biases move in steps too small, and loads count too high, for half precision.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed_bytes:
+    with torch.device("meta"):  # nothing is allocated twice, or initialised in vain
+        model = DeepseekPolicy(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for buffer in model.buffers():
+        buffer.data = torch.zeros(buffer.shape)
+    return model
+
+
+def _ignored(folder: Path, config: PolicyConfig, drop_mtp: bool) -> list[str]:
+    """Stored tensors to pass over: rotary frequencies, which follow from the config, and prediction layers to drop.
+
+    Prediction layers that config.json and the files do not agree on are a CheckpointError.
+    """
+    names = list(read_headers(folder))
+    held, announced = prediction_layers(names), config.num_nextn_predict_layers
+    if not drop_mtp and len(held) != announced:
         raise CheckpointError(
-            f"no space for {folder}: {needed_bytes / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
+            f"{folder}: config.json announces {announced} layers of multi-token prediction (num_nextn_predict_layers), "
+            f"its files hold {len(held)} (model.layers.N.eh_proj.weight). Correct config.json, or load without them "
+            "(drop_mtp)."
         )
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _replace(folder, temporary)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save reports a failed write as a RuntimeError of its archive writer.
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
-        raise CheckpointError(
-            f"writing {folder} failed: {error}. Earlier checkpoints are whole; free some space or choose another disk."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    dropped = [name for name in names if drop_mtp and layer_index(name) in held]
+    return dropped + [name for name in names if name.endswith("rotary_emb.inv_freq")]
 
 
-def _replace(folder: Path, temporary: Path) -> None:
-    """Put `temporary` in the place of `folder`, which comes back if that fails."""
-    replaced = folder.parent / f".{folder.name}.{os.getpid()}.old"
-    if folder.exists():
-        folder.rename(replaced)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(folder)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+def _config_values(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
+    return json_object(path)

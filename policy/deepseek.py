@@ -1,17 +1,21 @@
-"""The DeepSeek-V3 architecture (arXiv 2412.19437, section 2) over flat packed tokens, read from top to bottom.
+"""The DeepSeek-V2 and V3 architecture (arXiv 2405.04434 and 2412.19437, section 2) over flat packed tokens.
 
-Shape letters: T tokens of all sequences of a micro-batch, B sequences, L longest sequence, D model, H heads, E experts,
-K top-k, N nope width, R rope width, C kv_lora_rank, V value width. Parameter names are Hugging Face's; routed experts are
-stacked in memory ([E, ...]) and one entry per expert on disk.
+It reads from top to bottom, which is why it is one long file. Shape letters: T tokens of all sequences of a micro-batch,
+B sequences, L longest sequence, D model, H heads, E experts, M layers with experts, K top-k, N nope width, R rope width,
+C kv_lora_rank, V value width, n tokens decoded at once per sequence. Parameter names are Hugging Face's; routed experts
+are stacked in memory ([E, ...]) and one entry per expert on disk.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from policy.config import PolicyConfig
 
@@ -50,8 +54,9 @@ class RMSNorm(nn.Module):
 
 
 class Packing(NamedTuple):
-    """Where the T packed tokens lie in a [B, L] rectangle: flat indices [T], B and L."""
+    """Where the T packed tokens lie in a [B, L] rectangle: rows [T], flat indices [T], B and L."""
 
+    rows: Tensor
     slots: Tensor
     num_sequences: int
     longest: int
@@ -60,25 +65,49 @@ class Packing(NamedTuple):
     def of(cls, position_ids: Tensor, cu_seqlens: Tensor) -> Packing:
         """From positions [T] (0.. in each sequence) and cumulative lengths [B + 1]."""
         lengths = cu_seqlens.diff()
-        longest = int(lengths.max())
+        longest = int(lengths.max()) if len(lengths) else 0
         rows = torch.repeat_interleave(torch.arange(len(lengths), device=position_ids.device), lengths)
-        return cls(rows * longest + position_ids, len(lengths), longest)
+        return cls(rows, rows * longest + position_ids, len(lengths), longest)
 
     def pad(self, x: Tensor) -> Tensor:
         """[T, ...] -> [B, L, ...], zero where there is no token."""
         flat = x.new_zeros(self.num_sequences * self.longest, *x.shape[1:])
         return flat.index_copy(0, self.slots, x).unflatten(0, (self.num_sequences, self.longest))
 
+    def ahead(self, ids: Tensor, depth: int) -> Tensor:
+        """The ids [T] `depth` places further on in each sequence, 0 behind its end, whatever is packed next to it."""
+        inside = (self.rows.roll(-depth) == self.rows) & (self.slots.roll(-depth) == self.slots + depth)
+        return torch.where(inside, ids.roll(-depth), 0)
+
     def unpad(self, x: Tensor) -> Tensor:
         """[B, L, ...] -> [T, ...]."""
         return x.flatten(0, 1).index_select(0, self.slots)
 
 
-def rope_angles(position_ids: Tensor, rope_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, R/2] of each rotary pair's angle, in fp32 whatever the weights' type."""
-    frequencies = theta ** (-torch.arange(0, rope_dim, 2, device=position_ids.device, dtype=torch.float32) / rope_dim)
-    angles = position_ids[:, None].float() * frequencies
-    return angles.cos(), angles.sin()
+def rope_frequencies(config: PolicyConfig, device: torch.device) -> Tensor:
+    """Radians per position [R/2] of each rotary pair, in fp32: with YaRN (arXiv 2309.00071, section 3.2), slow pairs are
+    interpolated and fast ones, which turn more than beta_fast times within the original context, are left alone."""
+    width, theta, yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+    pairs = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+    frequencies = theta ** (-pairs / width)
+    if yarn is None:
+        return frequencies
+
+    def pair_that_turns(times: float) -> float:
+        return width * math.log(yarn.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+    last = min(math.ceil(pair_that_turns(yarn.beta_slow)), width - 1)
+    interpolated = ((pairs / 2 - first) / max(last - first, 0.001)).clamp(0, 1)
+    return frequencies * (1 - interpolated) + frequencies / yarn.factor * interpolated
+
+
+def rope_angles(position_ids: Tensor, config: PolicyConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, R/2] of each rotary pair's angle, in fp32 whatever the weights' type, times YaRN's factor."""
+    angles = position_ids[:, None].float() * rope_frequencies(config, position_ids.device)
+    yarn = config.rope_scaling
+    factor = 1.0 if yarn is None else yarn.temperature(yarn.mscale) / yarn.temperature(yarn.mscale_all_dim)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -90,27 +119,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LatentCache:
-    """The decoding cache: per layer, sequence and position the C compressed values and R rotated key values only."""
+    """The decoding cache: per layer, sequence and position the C compressed values and R rotated key values only.
 
-    def __init__(
-        self, config: PolicyConfig, num_sequences: int, max_length: int, dtype: torch.dtype, device: torch.device
-    ):
-        shape = (config.num_hidden_layers, num_sequences, max_length, config.latent_dim)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(num_sequences, dtype=torch.long, device=device)
+    `lengths` [B] counts the tokens of each sequence that are in it; what lies behind them is never read.
+    """
 
-    def write_prompts(self, latents: list[Tensor], position_ids: Tensor, cu_seqlens: Tensor) -> None:
-        """Take the per-layer latents [T, C + R] of packed prompts, one per sequence of the cache."""
-        lengths = cu_seqlens.diff()
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=position_ids.device), lengths)
-        for layer, latent in enumerate(latents):
-            self.values[layer, rows, position_ids] = latent
-        self.lengths = lengths.clone()
+    def __init__(self, values: Tensor, lengths: Tensor):
+        self.values = values  # [layers, B, capacity + 1, C + R]; the last slot takes what has no position
+        self.lengths = lengths
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop every sequence but `rows` [num_kept], in that order."""
-        self.values = self.values[:, rows]
-        self.lengths = self.lengths[rows]
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit, per sequence."""
+        return self.values.shape[2] - 1
+
+    def write(self, layer: int, rows: Tensor, position_ids: Tensor, latents: Tensor) -> None:
+        """Put latents [..., C + R] at rows and positions [...]; a negative position is written nowhere that is read."""
+        slots = torch.where(position_ids < 0, self.capacity, position_ids)
+        self.values[layer, rows, slots] = latents.to(self.values.dtype)
+
+    def select(self, rows: Tensor, capacity: int) -> LatentCache:
+        """A copy of sequences `rows` (repeats allowed) with room for `capacity` tokens each."""
+        layers, _, _, width = self.values.shape
+        values = self.values.new_zeros(layers, len(rows), capacity + 1, width)
+        used = min(capacity, self.capacity)
+        values[:, :, :used] = self.values[:, rows, :used]
+        return LatentCache(values, self.lengths[rows])
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -132,7 +166,7 @@ class MultiHeadLatentAttention(nn.Module):
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
-        self.scale = config.qk_head_dim**-0.5
+        self.scale = config.attention_scale
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries without rotation [T, H, N] and rotated [T, H, R]."""
@@ -171,16 +205,16 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(packing.unpad(out.transpose(1, 2)).flatten(1)), latent
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, mask: Tensor) -> Tensor:
-        """One token per sequence, kv_b_proj absorbed into query and output: x [B, D], cache [B, S, C + R], mask [B, S]."""
+        """n tokens per sequence, kv_b_proj absorbed into query and output: x [B * n, D], cache [B, S, C + R], mask [B, n, S]."""
         config = self.config
         q_nope, q_rope = self.queries(x, cos, sin)
         up = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         up_k, up_v = up.split((config.qk_nope_head_dim, config.v_head_dim), 1)
-        query = torch.cat((torch.einsum("bhn,hnc->bhc", q_nope, up_k), q_rope), -1)
-        scores = torch.einsum("bhc,bsc->bhs", query, cache).float() * self.scale
-        weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1).to(x.dtype)
-        compressed = torch.einsum("bhs,bsc->bhc", weights, cache[..., : config.kv_lora_rank])
-        return self.o_proj(torch.einsum("bhc,hvc->bhv", compressed, up_v).flatten(1))
+        query = torch.cat((torch.einsum("thn,hnc->thc", q_nope, up_k), q_rope), -1).unflatten(0, mask.shape[:2])
+        scores = torch.einsum("bnhc,bsc->bnhs", query, cache).float() * self.scale
+        weights = scores.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1).to(x.dtype)
+        compressed = torch.einsum("bnhs,bsc->bnhc", weights, cache[..., : config.kv_lora_rank]).flatten(0, 1)
+        return self.o_proj(torch.einsum("thc,hvc->thv", compressed, up_v).flatten(1))
 
 
 class MLP(nn.Module):
@@ -196,31 +230,65 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Routing(NamedTuple):
+    """A layer's choice: gates [T, K] in fp32, experts [T, K], and all scores [T, E] in fp32."""
+
+    gates: Tensor
+    experts: Tensor
+    scores: Tensor
+
+
 class Router(nn.Module):
-    """Sigmoid scores; the bias takes part in the choice only, the gate is the raw score (equations 12-16)."""
+    """Which K experts a token goes to, and with what weight; V3's router or V2's, by `topk_method`."""
 
     def __init__(self, config: PolicyConfig):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
-        self.e_score_correction_bias: Tensor
+        if config.topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+            self.e_score_correction_bias: Tensor
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates [T, K] in fp32 and chosen experts [T, K]."""
+    def forward(self, x: Tensor, replay: Tensor | None = None) -> Routing:
+        """The routing of x [T, D]; where `replay` [T, K] is not negative, it is the choice, and gates are still today's."""
         config = self.config
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        choice = scores.detach() + self.e_score_correction_bias
-        if config.n_group > 1:
-            by_group = choice.unflatten(-1, (config.n_group, -1))
-            best = by_group.topk(2, -1).values.sum(-1).topk(config.topk_group, -1).indices
-            allowed = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best, True)
-            choice = by_group.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
-        experts = choice.topk(config.num_experts_per_tok, -1).indices
+        logits = F.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+        experts = self.choose(scores.detach())
+        if replay is not None:
+            experts = torch.where(replay >= 0, replay, experts)
         gates = scores.gather(-1, experts)
         if config.norm_topk_prob:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        return gates * config.routed_scaling_factor, experts
+        return Routing(gates * config.routed_scaling_factor, experts, scores)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The K chosen experts [T, K] by scores [T, E]: V3's bias takes part here and nowhere else (equation 16)."""
+        config = self.config
+        unbiased = config.topk_method != "noaux_tc"
+        choice = scores if unbiased else scores + self.e_score_correction_bias
+        if config.n_group > 1:
+            by_group = choice.unflatten(-1, (config.n_group, -1))
+            quality = by_group.amax(-1) if unbiased else by_group.topk(2, -1).values.sum(-1)
+            best = quality.topk(config.topk_group, -1).indices
+            allowed = torch.zeros_like(quality, dtype=torch.bool).scatter(-1, best, True)
+            choice = by_group.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
+        return choice.topk(config.num_experts_per_tok, -1).indices
+
+
+def sequence_balance_loss(routing: Routing, packing: Packing) -> Tensor:
+    """Sum over experts of load times mean score, [B], 1 where balanced (V3 equations 17-20 without alpha; V2's seq_aux).
+
+    The load counts the experts that were used, as V2's released code does; only the scores carry a gradient.
+    """
+    num_experts, (num_tokens, top_k) = routing.scores.shape[-1], routing.experts.shape
+    shape = (packing.num_sequences, num_experts)
+    tokens = routing.scores.new_zeros(shape[0], 1).index_add(0, packing.rows, routing.scores.new_ones(num_tokens, 1))
+    chosen = (packing.rows[:, None] * num_experts + routing.experts).flatten()
+    load = torch.bincount(chosen, minlength=shape[0] * num_experts).view(shape) * num_experts / (top_k * tokens)
+    share = routing.scores / routing.scores.sum(-1, keepdim=True)
+    mean_share = share.new_zeros(shape).index_add(0, packing.rows, share) / tokens
+    return (load * mean_share).sum(-1)
 
 
 class Experts(nn.Module):
@@ -255,11 +323,18 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
         self.load: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        gates, experts = self.gate(x)
-        if self.training:
-            self.load += torch.bincount(experts.flatten(), minlength=self.load.numel())
-        return self.experts(x, gates, experts) + self.shared_experts(x)
+    def forward(self, x: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Routing]:
+        routing = self.gate(x, replay)
+        return self.experts(x, routing.gates, routing.experts) + self.shared_experts(x), routing
+
+
+class LayerOutput(NamedTuple):
+    """Hidden states [T, D], latents [T, C + R], and of a layer with experts its choice [T, K] and, if asked, loss [B]."""
+
+    hidden: Tensor
+    latent: Tensor
+    experts: Tensor | None = None
+    balance_loss: Tensor | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -272,34 +347,131 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, replay: Tensor | None, balance: bool
+    ) -> LayerOutput:
+        """Packed tokens; with `recompute`, activations inside are computed again in backward instead of kept."""
+        if self.recompute and torch.is_grad_enabled():
+            output = checkpoint(self._forward, x, cos, sin, packing, replay, balance, use_reentrant=False)
+            assert isinstance(output, LayerOutput)
+            return output
+        return self._forward(x, cos, sin, packing, replay, balance)
+
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, replay: Tensor | None, balance: bool
+    ) -> LayerOutput:
         attended, latent = self.self_attn(self.input_layernorm(x), cos, sin, packing)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), latent
+        hidden, routing = self._feed_forward(x, replay)
+        if routing is None:
+            return LayerOutput(hidden, latent)
+        loss = sequence_balance_loss(routing, packing) if balance else None
+        return LayerOutput(hidden, latent, routing.experts, loss)
 
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, index: int, rows: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MixtureOfExperts):
+            out, routing = self.mlp(normed, replay)
+            return x + out, routing
+        return x + self.mlp(normed), None
+
+    def decode(self, x: Tensor, step: DecodingStep, cache: LatentCache, index: int) -> tuple[Tensor, Tensor | None]:
+        """x [B * n, D] at the step's positions: the same for the next layer, and the experts' choice [B * n, K]."""
         normed = self.input_layernorm(x)
-        cache.values[index, rows, cache.lengths] = self.self_attn.latent(normed, cos, sin)
-        span = int(cache.lengths.max()) + 1
-        mask = torch.arange(span, device=x.device) <= cache.lengths[:, None]
-        x = x + self.self_attn.decode(normed, cos, sin, cache.values[index, :, :span], mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        latent = self.self_attn.latent(normed, step.cos, step.sin)
+        cache.write(index, step.rows, step.position_ids, latent.unflatten(0, step.position_ids.shape))
+        x = x + self.self_attn.decode(normed, step.cos, step.sin, cache.values[index, :, : step.span], step.mask)
+        x, routing = self._feed_forward(x)
+        return x, None if routing is None else routing.experts
+
+
+class DecodingStep(NamedTuple):
+    """What all layers share of one decoding step: rows [B, 1], positions [B, n], angles [B * n, R/2], mask [B, n, span]."""
+
+    rows: Tensor
+    position_ids: Tensor
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+    span: int
+
+    @classmethod
+    def at(cls, position_ids: Tensor, config: PolicyConfig) -> DecodingStep:
+        """For positions [B, n]; each token sees the cache up to and including its own position."""
+        rows = torch.arange(len(position_ids), device=position_ids.device)[:, None]
+        cos, sin = rope_angles(position_ids.flatten(), config)
+        span = int(position_ids.max()) + 1
+        # A token without position sees slot 0, so that its softmax is defined; what it computes is not used.
+        mask = torch.arange(span, device=position_ids.device) <= position_ids[..., None].clamp(min=0)
+        return cls(rows, position_ids, cos, sin, mask, span)
+
+
+class MtpLayer(DecoderLayer):
+    """Multi-token prediction, one depth (V3 section 2.2): from the hidden state at a token and the token after next.
+
+    As in the released checkpoint, vLLM and transformers, the embedding comes first into eh_proj, and the hidden states
+    that come in and go out are those after a final norm.
+    """
+
+    def __init__(self, config: PolicyConfig, index: int):
+        super().__init__(config, index)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def forward(
+        self, x: Tensor, ahead: Tensor, cos: Tensor, sin: Tensor, packing: Packing, balance: bool
+    ) -> LayerOutput:
+        """Hidden states [T, D] of one depth less and embeddings [T, D] of the tokens ahead."""
+        output = super().forward(self._joined(x, ahead), cos, sin, packing, None, balance)
+        return output._replace(hidden=self.shared_head["norm"](output.hidden))
+
+    def decode(self, x: Tensor, ahead: Tensor, step: DecodingStep, cache: LatentCache, index: int) -> Tensor:
+        """The same over the cache: x and ahead [B * n, D]."""
+        x, _ = super().decode(self._joined(x, ahead), step, cache, index)
+        return self.shared_head["norm"](x)
+
+    def _joined(self, x: Tensor, ahead: Tensor) -> Tensor:
+        return self.eh_proj(torch.cat((self.enorm(ahead), self.hnorm(x)), -1))
 
 
 class DeepseekModel(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers (those of multi-token prediction last) and final norm."""
 
     def __init__(self, config: PolicyConfig):
         super().__init__()
         self.config = config
+        depth = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            MtpLayer(config, i) if i >= depth else DecoderLayer(config, i)
+            for i in range(depth + config.num_nextn_predict_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+Head = Callable[[Tensor, Tensor, int], Any]
+MtpMode = bool | Literal["detached"]
+
+
+class PolicyOutput(NamedTuple):
+    """What a forward pass gives; the last three only if asked for.
+
+    `hidden` [T, D] are hidden states after the final norm, or what `head` made of them; `mtp` the same for each depth of
+    multi-token prediction; `balance_loss` [B] is summed over layers, without alpha; `routed_experts` is [T, M, K].
+    """
+
+    hidden: Any
+    mtp: tuple[Any, ...] = ()
+    balance_loss: Tensor | None = None
+    routed_experts: Tensor | None = None
+
+
 class DeepseekPolicy(nn.Module):
-    """A DeepSeek-V3 causal language model; `forward` gives final hidden states, `lm_head` turns them into logits."""
+    """A DeepSeek-V2 or V3 causal language model: hidden states, or what a head makes of them and of lm_head's weight."""
 
     def __init__(self, config: PolicyConfig):
         super().__init__()
@@ -309,32 +481,170 @@ class DeepseekPolicy(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def main_layers(self) -> list[DecoderLayer]:
+        """The decoder layers without those of multi-token prediction."""
+        layers = [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
+        return layers[: self.config.num_hidden_layers]
+
+    @property
+    def mtp_layers(self) -> list[MtpLayer]:
+        """One layer per depth of multi-token prediction."""
+        return [layer for layer in self.model.layers if isinstance(layer, MtpLayer)]
+
+    @property
+    def moe_blocks(self) -> dict[int, MixtureOfExperts]:
+        """The expert blocks by index of their layer, those of multi-token prediction included."""
+        layers = enumerate([*self.main_layers, *self.mtp_layers])
+        return {index: layer.mlp for index, layer in layers if isinstance(layer.mlp, MixtureOfExperts)}
+
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, latents: list[Tensor] | None = None
-    ) -> Tensor:
-        """Hidden states [T, D] of packed sequences: ids [T], positions [T] from 0 in each, cumulative lengths [B + 1].
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        head: Head | None = None,
+        mtp: MtpMode = False,
+        routed_experts: Tensor | None = None,
+        return_routed_experts: bool = False,
+        return_balance_loss: bool = False,
+    ) -> PolicyOutput:
+        """Packed sequences: ids [T], positions [T] from 0 in each, cumulative lengths [B + 1].
 
-        `latents`, when a list is given, receives each layer's [T, C + R] for a decoding cache.
+        With `mtp` the layers of multi-token prediction are computed too; "detached" keeps their gradient to themselves.
+        `head(hidden, weight, depth)` gets hidden states [T, D] and lm_head's weight [V, D] inside this call, while a
+        sharded weight is whole. `routed_experts` [T, M, K] replays choices of experts; negative entries are chosen now.
         """
-        packing = Packing.of(position_ids, cu_seqlens)
-        cos, sin = rope_angles(position_ids, self.config.qk_rope_head_dim, self.config.rope_theta)
-        x = self.model.embed_tokens(input_ids)
-        for layer in self.model.layers:
-            x, latent = layer(x, cos, sin, packing)
-            if latents is not None:
-                latents.append(latent)
-        return self.model.norm(x)
+        apply_head: Head = head or (lambda hidden, weight, depth: hidden)
+        x, packing = self.model.embed_tokens(input_ids), Packing.of(position_ids, cu_seqlens)
+        cos, sin = rope_angles(position_ids, self.config)
+        experts, losses = [], []
+        for output in self._layer_outputs(x, cos, sin, packing, routed_experts, return_balance_loss):
+            x = output.hidden
+            experts += [] if output.experts is None else [output.experts]
+            losses += [] if output.balance_loss is None else [output.balance_loss]
+        hidden = self.model.norm(x)
+        ahead = []
+        detached = mtp == "detached"
+        weight = self.lm_head.weight.detach() if detached else self.lm_head.weight
+        drafted = self._mtp_outputs(hidden, input_ids, cos, sin, packing, return_balance_loss, detached) if mtp else ()
+        for depth, output in enumerate(drafted, 1):
+            ahead.append(apply_head(output.hidden, weight, depth))
+            losses += [] if output.balance_loss is None else [output.balance_loss]
+        return PolicyOutput(
+            apply_head(hidden, self.lm_head.weight, 0),
+            tuple(ahead),
+            torch.stack(losses).sum(0) if losses else None,
+            torch.stack(experts, 1) if return_routed_experts and experts else None,
+        )
 
-    def decode(self, input_ids: Tensor, cache: LatentCache) -> Tensor:
-        """Hidden states [B, D] of one more token per sequence, whose latents the cache takes in."""
-        cos, sin = rope_angles(cache.lengths, self.config.qk_rope_head_dim, self.config.rope_theta)
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        x = self.model.embed_tokens(input_ids)
-        for index, layer in enumerate(self.model.layers):
-            assert isinstance(layer, DecoderLayer)
-            x = layer.decode(x, cos, sin, cache, index, rows)
-        cache.lengths = cache.lengths + 1
-        return self.model.norm(x)
+    def _layer_outputs(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, replay: Tensor | None, balance: bool
+    ) -> Iterator[LayerOutput]:
+        """Layer after layer, so that nobody holds more of an output than it needs; counts the load in training."""
+        moe_index = 0
+        for layer in self.main_layers:
+            is_moe = isinstance(layer.mlp, MixtureOfExperts)
+            chosen = replay[:, moe_index] if replay is not None and is_moe else None
+            output = layer(x, cos, sin, packing, chosen, balance)
+            self._count(layer, output)
+            moe_index += is_moe
+            x = output.hidden
+            yield output
+
+    def _mtp_outputs(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        packing: Packing,
+        balance: bool,
+        detached: bool = False,
+    ) -> Iterator[LayerOutput]:
+        """Depth after depth; of the last tokens of a sequence, which have nothing ahead, no use is made."""
+        hidden = hidden.detach() if detached else hidden
+        for depth, layer in enumerate(self.mtp_layers, 1):
+            ahead = self.model.embed_tokens(packing.ahead(input_ids, depth))
+            output = layer(hidden, ahead.detach() if detached else ahead, cos, sin, packing, balance)
+            self._count(layer, output)
+            hidden = output.hidden
+            yield output
+
+    def _count(self, layer: DecoderLayer, output: LayerOutput) -> None:
+        counts = self.training and torch.is_grad_enabled()
+        if counts and output.experts is not None and isinstance(layer.mlp, MixtureOfExperts):
+            layer.mlp.load += torch.bincount(output.experts.flatten(), minlength=layer.mlp.load.numel())
+
+    def enable_activation_checkpointing(self, enabled: bool = True) -> None:
+        """Keep only the input of each layer for backward, and compute the rest again."""
+        for layer in [*self.main_layers, *self.mtp_layers]:
+            layer.recompute = enabled
+
+    # Decoding, for sampling only.
+
+    def new_cache(
+        self, num_sequences: int, capacity: int, dtype: torch.dtype, device: torch.device, *, mtp: bool = False
+    ) -> LatentCache:
+        """An empty cache for `capacity` tokens of each sequence; `mtp` adds room for the layers that draft."""
+        num_layers = len(self.model.layers) if mtp else self.config.num_hidden_layers
+        values = torch.zeros(
+            num_layers, num_sequences, capacity + 1, self.config.latent_dim, dtype=dtype, device=device
+        )
+        return LatentCache(values, torch.zeros(num_sequences, dtype=torch.long, device=device))
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        cache: LatentCache,
+        experts: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states [T, D] of packed prompts, one per sequence of the cache, which takes in their latents.
+
+        A list `experts` receives the choice [T, K] of every layer with experts.
+        """
+        x, packing = self.model.embed_tokens(input_ids), Packing.of(position_ids, cu_seqlens)
+        cos, sin = rope_angles(position_ids, self.config)
+        for index, output in enumerate(self._layer_outputs(x, cos, sin, packing, None, False)):
+            cache.write(index, packing.rows, position_ids, output.latent)
+            if experts is not None and output.experts is not None:
+                experts.append(output.experts)
+            x = output.hidden
+        hidden = self.model.norm(x)
+        if len(cache.values) > self.config.num_hidden_layers:
+            drafted = self._mtp_outputs(hidden, input_ids, cos, sin, packing, False)
+            for index, output in enumerate(drafted, self.config.num_hidden_layers):
+                cache.write(index, packing.rows, position_ids, output.latent)
+        cache.lengths = cu_seqlens.diff().to(cache.lengths.dtype)
+        return hidden
+
+    def decode(self, input_ids: Tensor, cache: LatentCache, experts: list[Tensor] | None = None) -> Tensor:
+        """Hidden states [B, n, D] of ids [B, n] behind the cache's lengths, which the caller moves on by what it keeps."""
+        num_tokens = input_ids.shape[1]
+        positions = cache.lengths[:, None] + torch.arange(num_tokens, device=input_ids.device)
+        step = DecodingStep.at(positions, self.config)
+        x = self.model.embed_tokens(input_ids).flatten(0, 1)
+        for index, layer in enumerate(self.main_layers):
+            x, chosen = layer.decode(x, step, cache, index)
+            if experts is not None and chosen is not None:
+                experts.append(chosen)
+        return self.model.norm(x).unflatten(0, input_ids.shape)
+
+    def look_ahead(
+        self, hidden: Tensor, ahead_ids: Tensor, position_ids: Tensor, cache: LatentCache, depth: int
+    ) -> Tensor:
+        """Hidden states [B, n, D] of depth `depth` (from 1) at positions [B, n], from those of the depth before.
+
+        `ahead_ids` [B, n] are the tokens `depth` places after the positions; negative positions are computed for nothing.
+        """
+        step = DecodingStep.at(position_ids, self.config)
+        index = self.config.num_hidden_layers + depth - 1
+        ahead = self.model.embed_tokens(ahead_ids).flatten(0, 1)
+        out = self.mtp_layers[depth - 1].decode(hidden.flatten(0, 1), ahead, step, cache, index)
+        return out.unflatten(0, position_ids.shape)
 
     def reset_parameters(self, seed: int) -> None:
         """Normal weights of standard deviation initializer_range from `seed`; norm gains 1, router biases 0."""
@@ -348,24 +658,3 @@ class DeepseekPolicy(nn.Module):
                     parameter.copy_(noise * self.config.initializer_range)
             for _, buffer in self.named_buffers():
                 buffer.zero_()
-
-    @torch.no_grad()
-    def balance_experts(self, gamma: float) -> float:
-        """Aux-loss-free balancing (arXiv 2408.15664): move each bias by gamma towards even load, forget the load.
-
-        Returns the largest max-violation, max(load) / mean(load) - 1, over the layers.
-        """
-        worst = 0.0
-        for layer in self.model.layers:
-            if isinstance(mlp := layer.mlp, MixtureOfExperts) and mlp.load.sum() > 0:
-                mean = mlp.load.mean()
-                worst = max(worst, float(mlp.load.max() / mean - 1))
-                mlp.gate.e_score_correction_bias += gamma * torch.sign(mean - mlp.load)
-                mlp.load.zero_()
-        return worst
-
-    def num_parameters(self) -> tuple[int, int]:
-        """(total, active per token) parameter counts, embeddings included."""
-        total = sum(p.numel() for p in self.parameters())
-        routed = sum(p.numel() for n, p in self.named_parameters() if ".mlp.experts." in n)
-        return total, total - routed + routed * self.config.num_experts_per_tok // self.config.n_routed_experts

@@ -11,6 +11,7 @@ LAYER_GROUPS = (
     "experts",
     "shared_experts",
     "dense_mlp",
+    "mtp",
     "head",
 )
 
@@ -25,6 +26,8 @@ def layer_group(name: str) -> str:
         return "head"
     if "norm" in name:
         return "norms"
+    if ".eh_proj." in name:
+        return "mtp"
     if ".self_attn." in name:
         return "attention"
     if ".mlp.gate." in name:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from rollout.records import FinishReason
 
 if TYPE_CHECKING:
@@ -24,12 +26,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One sampled continuation: ids as sampled, one log-probability (natural log) per id, and the weights' version."""
+    """One sampled continuation: ids as sampled, one log-probability (natural log) per id, and the weights' version.
+
+    `routed_experts` [prompt + completion tokens, MoE layers, top-k] is -1 where a token was not forwarded.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
     policy_version: int
+    routed_experts: np.ndarray | None = None
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 class Engine(Protocol):

@@ -29,6 +29,14 @@ class EngineConfig(BaseModel):
     num_threads: int = Field(default=1, ge=1, description="CPU threads of each engine")
     kv_cache_gib: float = Field(default=1.0, gt=0, description="memory of vLLM's cache of keys and values, in GiB")
     max_num_seqs: int = Field(default=256, ge=1, description="sequences that an engine decodes at once")
+    num_draft_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="tokens that multi-token prediction drafts ahead (kind=torch; at most num_nextn_predict_layers)",
+    )
+    return_routed_experts: bool = Field(
+        default=False, description="keep the experts that each token went to, for routing replay (kind=torch)"
+    )
     start_timeout_s: float = Field(default=180.0, gt=0, description="longest start of an engine, in seconds")
     generate_timeout_s: float = Field(default=600.0, gt=0, description="longest generate call, in seconds")
     sync_timeout_s: float = Field(default=60.0, gt=0, description="longest update of an engine's weights, in seconds")
@@ -39,6 +47,8 @@ class EngineConfig(BaseModel):
             raise ValueError(f"placement='in_process' holds one engine, not num_engines={self.num_engines}; use 'ray'")
         if self.placement == "in_process" and self.kind == "vllm":
             raise ValueError("kind='vllm' needs placement='ray': vLLM takes over the threads of the process it runs in")
+        if self.kind == "vllm" and (self.num_draft_tokens or self.return_routed_experts):
+            raise ValueError("num_draft_tokens and return_routed_experts need kind='torch'")
         return self
 
 
@@ -52,6 +62,8 @@ def build_engine(config: EngineConfig, checkpoint_dir: Path, *, name: str = "eng
             dtype=config.dtype,
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
+            num_draft_tokens=config.num_draft_tokens,
+            return_routed_experts=config.return_routed_experts,
             name=name,
         )
     from rollout.vllm_engine import VllmEngine

@@ -31,7 +31,8 @@ class Sample:
 
     `completion_ids` are as sampled, end-of-sequence kept; `rollout_logprobs` [len(completion_ids)] are natural-log
     probabilities after temperature and top-p, from the engine that sampled them; `policy_versions` are the weights'
-    versions at the first and at the last token.
+    versions at the first and at the last token; `routed_experts` [prompt + completion tokens, MoE layers, top-k] are the
+    engine's choices, -1 where a token was not forwarded.
     """
 
     task_id: str
@@ -44,6 +45,8 @@ class Sample:
     completion_text: str
     routed_experts: np.ndarray | None = None
     sampling_mask: np.ndarray | None = None
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     verdict: Verdict | None = None
     advantage: float | None = None
 

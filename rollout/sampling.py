@@ -99,6 +99,9 @@ def _sample(prompter: Prompter, task: Task, index: int, prompt: tuple[int, ...],
         policy_versions=(completion.policy_version, completion.policy_version),
         finish_reason=completion.finish_reason,
         completion_text=prompter.decode(completion.token_ids),
+        routed_experts=completion.routed_experts,
+        num_draft_tokens=completion.num_draft_tokens,
+        num_accepted_tokens=completion.num_accepted_tokens,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from policy.checkpoint import hf_state_dict, load_hf_state_dict
-from policy.deepseek import DeepseekPolicy
+from policy.interface import Policy
 from policy.layer_groups import LAYER_GROUPS, layer_group
 from policy.logprobs import token_logprobs
 from rollout.engine import Completion, Engine
@@ -32,7 +32,7 @@ class Gap:
 
 
 @torch.no_grad()
-def measure_gap(model: DeepseekPolicy, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> Gap:
+def measure_gap(model: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> Gap:
     """Score with the model what an engine sampled at temperature 1."""
     device = next(model.parameters()).device
     sequences = [[*prompt, *c.token_ids] for prompt, c in zip(prompts, completions, strict=True)]
@@ -53,13 +53,13 @@ class SyncDiagnosis:
     def __init__(
         self,
         engine: Engine,
-        model: DeepseekPolicy,
+        model: Policy,
         version: int,
         gap: Gap,
         tolerance: float,
         *,
         previous: Mapping[str, Tensor] | None,
-        probe: Callable[[Engine, DeepseekPolicy, int], Gap],
+        probe: Callable[[Engine, Policy, int], Gap],
     ) -> None:
         self.engine, self.version, self.gap, self.tolerance = engine, version, gap, tolerance
         self.current = {name: weight.detach().cpu() for name, weight in hf_state_dict(model).items()}
@@ -93,7 +93,7 @@ class SyncDiagnosis:
 
     def _wrong(self) -> str | None:
         """Is the engine right once a group is set to zero (norms: to one) on both sides?"""
-        for group in NEUTRALISED:
+        for group in self._neutralised():
             weights = {
                 name: torch.full_like(weight, float(group == "norms")) if layer_group(name) == group else weight
                 for name, weight in self.current.items()
@@ -112,10 +112,15 @@ class SyncDiagnosis:
 
     def _unexplained(self) -> str:
         return (
-            f"No single group explains it: neither previous weights nor setting {', '.join(NEUTRALISED)} to zero, one "
+            f"No single group explains it: neither previous weights nor setting {', '.join(self._neutralised())} to zero, one "
             f"at a time, brings {self.engine.name} and the learner together. Suspect `embedding` or `head`, several "
             "groups at once, or another config.json or type than the learner's."
         )
+
+    def _neutralised(self) -> list[str]:
+        """The groups to try that the policy has: a dense one has no experts."""
+        present = {layer_group(name) for name in self.current}
+        return [group for group in NEUTRALISED if group in present]
 
     def _gap_with_previous(self, groups: Sequence[str]) -> float:
         assert self.previous is not None

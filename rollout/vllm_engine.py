@@ -37,6 +37,7 @@ class VllmEngine:
         self.name = name
         self.policy_version = 0
         self.max_model_len = max_model_len
+        self._config = read_values(Path(checkpoint_dir))
         self._shapes = checkpoint_shapes(Path(checkpoint_dir))
         _set_environment(num_threads)
         import torch
@@ -45,12 +46,6 @@ class VllmEngine:
 
         torch.set_num_threads(num_threads)
         on_cpu = current_platform.is_cpu()
-        cpu_only: dict[str, Any] = {
-            # The CPU's in-place rotary kernel works on a copy here: positions are silently lost. Torch's own is right.
-            "compilation_config": {"custom_ops": ["-rotary_embedding"]},
-            # The same latent-attention kernel on every processor, with and without matrix tiles.
-            "attention_config": {"backend": "CPU_MLA"},
-        }
         self._llm: Any = LLM(
             model=str(checkpoint_dir),
             skip_tokenizer_init=True,
@@ -65,7 +60,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             worker_extension_cls="rollout.vllm_worker.WeightUpdateExtension",
-            **(cpu_only if on_cpu else {}),
+            **(_cpu_settings(self._config) if on_cpu else {}),
         )
 
     def generate(
@@ -111,8 +106,9 @@ class VllmEngine:
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Replace all weights and take `version`; ValueError lists names or shapes unlike the checkpoint's."""
-        check_weights({name: tuple(weight.shape) for name, weight in weights.items()}, self._shapes)
-        self._llm.collective_rpc("replace_weights", args=(list(weights.items()),))
+        used = {name: weight for name, weight in weights.items() if sampling_uses(name, self._config)}
+        check_weights({name: tuple(weight.shape) for name, weight in used.items()}, self._shapes)
+        self._llm.collective_rpc("replace_weights", args=(list(used.items()),))
         self.policy_version = version
 
     def close(self) -> None:
@@ -120,6 +116,16 @@ class VllmEngine:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+
+
+def _cpu_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What vLLM's kernels on the CPU need, by a checkpoint's config.json."""
+    # The in-place rotary kernel works on a copy of latent attention's keys: positions are silently lost. Torch's is right.
+    settings: dict[str, Any] = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+    if config.get("kv_lora_rank"):
+        # The same latent-attention kernel on every processor, with and without matrix tiles.
+        settings["attention_config"] = {"backend": "CPU_MLA"}
+    return settings
 
 
 def _set_environment(num_threads: int) -> None:
@@ -151,15 +157,20 @@ def checkpoint_shapes(checkpoint_dir: Path) -> dict[str, tuple[int, ...]]:
     for file in files:
         with safe_open(file, framework="pt") as weights:
             shapes.update({name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()})  # noqa: SIM118 (not a dict)
-    return _without_prediction_layers(shapes, checkpoint_dir)
+    config = read_values(checkpoint_dir)
+    return {name: shape for name, shape in shapes.items() if sampling_uses(name, config)}
 
 
-def _without_prediction_layers(shapes: dict[str, tuple[int, ...]], checkpoint_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Leave out the multi-token-prediction layers, which sampling does not use: they follow the last decoder layer."""
-    num_layers = json.loads((checkpoint_dir / "config.json").read_text())["num_hidden_layers"]
+def read_values(checkpoint_dir: Path) -> dict[str, Any]:
+    """The checkpoint's config.json."""
+    return json.loads((checkpoint_dir / "config.json").read_text())
 
-    def layer_index(name: str) -> int:
-        parts = name.split(".")
-        return int(parts[2]) if parts[:2] == ["model", "layers"] else -1
 
-    return {name: shape for name, shape in shapes.items() if layer_index(name) < num_layers}
+def sampling_uses(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether vLLM takes this weight: not layers of multi-token prediction, which follow the last decoder layer, nor a
+    tied head that repeats the embedding, nor rotary frequencies, which follow from the config."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and int(parts[2]) >= config["num_hidden_layers"]:
+        return False
+    repeats = name == "lm_head.weight" and config.get("tie_word_embeddings", False)
+    return not repeats and not name.endswith("rotary_emb.inv_freq")

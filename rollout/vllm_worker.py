@@ -20,6 +20,22 @@ def forget_packed_experts(model: nn.Module) -> None:
             method.moe_kernel = None
 
 
+def pack_tied_heads_again(model: nn.Module) -> None:
+    """Give a head that shares its weight with the embedding what a reload gave the embedding.
+
+    On the CPU, vLLM 0.32 multiplies by a packed copy of the head's weight, made once the head's own weights are loaded;
+    a tied head has none, and would go on with the copy of the old embedding.
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            owners.setdefault(id(weight), []).append(module)
+    for module in (module for sharing in owners.values() if len(sharing) > 1 for module in sharing):
+        method: Any = getattr(module, "quant_method", None)
+        if method is not None:
+            method.process_weights_after_loading(module)
+
+
 class WeightUpdateExtension:
     """Mixed into vLLM's worker class by `worker_extension_cls`; its methods are called through `collective_rpc`."""
 
@@ -31,6 +47,9 @@ class WeightUpdateExtension:
         from vllm.platforms import current_platform
 
         # On a GPU the kernels read the parameters in place, and captured graphs hold their addresses.
-        if current_platform.is_cpu():
-            forget_packed_experts(self.model_runner.get_model())
+        on_cpu, model = current_platform.is_cpu(), self.model_runner.get_model()
+        if on_cpu:
+            forget_packed_experts(model)
         self.reload_weights(weights_iterator=iter(weights))
+        if on_cpu:
+            pack_tied_heads_again(model)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from policy.checkpoint import hf_state_dict
-from policy.deepseek import DeepseekPolicy
+from policy.interface import Policy
 from rollout.cluster import EnginePool
 from rollout.engine import Engine, SamplingParams
 from rollout.engine_checks import EngineError
@@ -66,7 +66,7 @@ class WeightSync:
         self.vocab_size = vocab_size
         self._previous: dict[str, Tensor] | None = None
 
-    def publish(self, model: DeepseekPolicy, version: int) -> SyncReport:
+    def publish(self, model: Policy, version: int) -> SyncReport:
         """Give every engine the model's weights under `version`, then verify; raises WeightSyncError."""
         start = time.monotonic()
         weights = hf_state_dict(model)
@@ -76,7 +76,7 @@ class WeightSync:
             raise WeightSyncError(f"version {version} of the weights did not reach every engine.\n{error}") from error
         return self.verify(model, version, start)
 
-    def verify(self, model: DeepseekPolicy, version: int, start: float | None = None) -> SyncReport:
+    def verify(self, model: Policy, version: int, start: float | None = None) -> SyncReport:
         """Compare every engine's probe with the model, without sending weights; raises WeightSyncError."""
         start = time.monotonic() if start is None else start
         engines = self.engine.engines if isinstance(self.engine, EnginePool) else [self.engine]
@@ -90,7 +90,7 @@ class WeightSync:
             probe_gap_max=max(gap.largest for gap in gaps),
         )
 
-    def _verified(self, engine: Engine, model: DeepseekPolicy, version: int) -> Gap:
+    def _verified(self, engine: Engine, model: Policy, version: int) -> Gap:
         """The gap of an engine that holds the model's weights; two probes must fail before it is said not to.
 
         Float noise can flip one routing decision and so move a few tokens of one probe; wrong weights move every probe.
@@ -114,7 +114,7 @@ class WeightSync:
             f"{len(gap.completions)} probes (tolerance {self.tolerance:g} on average).\n{suspect}"
         )
 
-    def _probe(self, engine: Engine, model: DeepseekPolicy, seed: int) -> Gap:
+    def _probe(self, engine: Engine, model: Policy, seed: int) -> Gap:
         generator = torch.Generator().manual_seed(seed)
         shape = (self.config.num_probes, self.config.probe_prompt_tokens)
         prompts = torch.randint(self.vocab_size, shape, generator=generator).tolist()
@@ -127,7 +127,7 @@ class WeightSync:
 
 
 @contextmanager
-def _evaluating(model: DeepseekPolicy) -> Iterator[None]:
+def _evaluating(model: Policy) -> Iterator[None]:
     """Evaluation mode within the block, so that the probe does not count towards the experts' load."""
     was_training = model.training
     model.eval()

@@ -150,6 +150,32 @@ def summary_lines(summary: ScoreSummary) -> list[str]:
     return lines
 
 
+@app.command("model")
+def describe_model(
+    target: Annotated[
+        str, typer.Argument(metavar="CONFIG|CHECKPOINT", help="TOML file, config.json, checkpoint folder, or deepseek_v3")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=1, help="length that attention and cache are counted for [4096 or the model's]")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="of training: fp32, bf16 or fp8")] = "bf16",
+    ranks: Annotated[int, typer.Option(min=1, help="processes that share the training state")] = 1,
+    expert_parallel: Annotated[int, typer.Option(min=1, help="ranks that split the experts among them")] = 1,
+) -> None:
+    """Say what a model costs: parameters, decoding cache, FLOPs per token, memory to train it."""
+    from scripts.model_command import run_model
+
+    run_model(
+        target,
+        as_json=as_json,
+        context_tokens=context_tokens,
+        precision=precision,
+        num_ranks=ranks,
+        expert_parallel=expert_parallel,
+    )
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, such as runs/quickstart-0")],

@@ -35,7 +35,7 @@ def make_samples(model: DeepseekPolicy, seed: int = 0) -> list[Sample]:
     samples = []
     for index, (sequence, prompt) in enumerate(zip(sequences, PROMPTS, strict=True)):
         with torch.no_grad():
-            logprobs, _ = token_logprobs(model, *pack([sequence]), temperature=TEMPERATURE)
+            logprobs, *_ = token_logprobs(model, *pack([sequence]), temperature=TEMPERATURE)
         samples.append(
             Sample(
                 task_id=f"toy/{index}",
@@ -152,7 +152,7 @@ def test_a_rewarded_sequence_becomes_likelier_and_a_punished_one_less_likely(tmp
     def total(sample: Sample) -> float:
         with torch.no_grad():
             ids = [*sample.prompt_ids, *sample.completion_ids]
-            logprobs, _ = token_logprobs(learner.model, *pack([ids]), temperature=TEMPERATURE)
+            logprobs, *_ = token_logprobs(learner.model, *pack([ids]), temperature=TEMPERATURE)
         return float(logprobs[len(sample.prompt_ids) :].sum())
 
     values = [[total(sample) for sample in samples]]

@@ -58,4 +58,4 @@ def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 def packed_logits(model: DeepseekPolicy, sequences: Sequence[Sequence[int]]) -> Tensor:
     """Logits [T, V] of sequences computed in one packed forward pass."""
-    return model.lm_head(model(*pack(sequences)))
+    return model.lm_head(model(*pack(sequences)).hidden)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy.config import PolicyConfig
+from policy.config import PolicyConfig, YarnScaling
 from policy.deepseek import DeepseekPolicy, LatentCache
 from tests.policy.builders import TINY, pack, random_sequences, tiny_policy
 
@@ -16,6 +16,8 @@ CASES = {
     "plain": TINY,
     "q_lora_groups": replace(TINY, q_lora_rank=20, n_group=4, topk_group=2),
     "large_weights": replace(TINY, initializer_range=0.25),
+    "yarn": replace(TINY, rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=8, mscale_all_dim=0.7)),
+    "v2": replace(TINY, topk_method="group_limited_greedy", n_group=2, topk_group=1, norm_topk_prob=False),
 }
 PROMPTS = (6, 1, 11, 3)
 STEPS = 9
@@ -25,16 +27,21 @@ CPU = torch.device("cpu")
 def prefilled(model: DeepseekPolicy, sequences: list[list[int]], capacity: int) -> LatentCache:
     """The cache after a packed forward pass over the sequences."""
     input_ids, position_ids, cu_seqlens = pack(sequences)
-    latents: list[Tensor] = []
-    model(input_ids, position_ids, cu_seqlens, latents)
-    cache = LatentCache(model.config, len(sequences), capacity, torch.float32, CPU)
-    cache.write_prompts(latents, position_ids, cu_seqlens)
+    cache = model.new_cache(len(sequences), capacity, torch.float32, CPU)
+    model.prefill(input_ids, position_ids, cu_seqlens, cache)
     return cache
+
+
+def decoded(model: DeepseekPolicy, tokens: Tensor, cache: LatentCache) -> Tensor:
+    """Hidden states [B, n, D] of tokens [B, n], which the cache keeps."""
+    hidden = model.decode(tokens, cache)
+    cache.lengths = cache.lengths + tokens.shape[1]
+    return hidden
 
 
 def hidden_one_by_one(model: DeepseekPolicy, sequences: list[list[int]]) -> list[Tensor]:
     """Hidden states [length, D] of each sequence alone, without a cache."""
-    return [model(*pack([sequence])) for sequence in sequences]
+    return [model(*pack([sequence])).hidden for sequence in sequences]
 
 
 @torch.no_grad()
@@ -48,7 +55,7 @@ def test_decoding_is_the_full_forward(config: PolicyConfig) -> None:
         places = [length + step for length in PROMPTS]
         assert cache.lengths.tolist() == places
         tokens = torch.tensor([s[place] for s, place in zip(sequences, places, strict=True)])
-        got = model.decode(tokens, cache)
+        got = decoded(model, tokens[:, None], cache)[:, 0]
         expected = torch.stack([hidden[place] for hidden, place in zip(full, places, strict=True)])
         assert (got - expected).abs().max() < 1e-5
 
@@ -57,47 +64,57 @@ def test_decoding_is_the_full_forward(config: PolicyConfig) -> None:
 def test_decoding_from_an_empty_cache_is_the_full_forward() -> None:
     model = tiny_policy()
     (sequence,) = random_sequences([12])
-    cache = LatentCache(TINY, 1, 12, torch.float32, CPU)
-    got = torch.cat([model.decode(torch.tensor([token]), cache) for token in sequence])
+    cache = model.new_cache(1, 12, torch.float32, CPU)
+    got = torch.cat([decoded(model, torch.tensor([[token]]), cache)[0] for token in sequence])
     assert (got - hidden_one_by_one(model, [sequence])[0]).abs().max() < 1e-5
 
 
 def test_the_cache_holds_the_latent_and_the_rotated_key_only() -> None:
     config = replace(TINY, kv_lora_rank=512, qk_rope_head_dim=64)
-    cache = LatentCache(config, 5, 7, torch.bfloat16, CPU)
+    cache = DeepseekPolicy(config).new_cache(5, 7, torch.bfloat16, CPU)
     tensors = {name: value for name, value in vars(cache).items() if isinstance(value, Tensor)}
     assert tensors.keys() == {"values", "lengths"}
-    assert cache.values.shape == (TINY.num_hidden_layers, 5, 7, 512 + 64)
-    assert cache.values.element_size() * cache.values.numel() == TINY.num_hidden_layers * 5 * 7 * 576 * 2
+    assert cache.values.shape == (TINY.num_hidden_layers, 5, 7 + 1, 512 + 64)
+    assert cache.values.element_size() * cache.values.numel() == TINY.num_hidden_layers * 5 * 8 * 576 * 2
 
 
 @torch.no_grad()
-def test_the_cache_holds_what_the_layers_leave() -> None:
+def test_several_tokens_at_once_decode_like_one_after_the_other() -> None:
+    model = tiny_policy(CASES["q_lora_groups"])
+    sequences = random_sequences([length + 4 for length in PROMPTS])
+    cache = prefilled(model, [s[:length] for s, length in zip(sequences, PROMPTS, strict=True)], 20)
+    ahead = torch.tensor([s[length:] for s, length in zip(sequences, PROMPTS, strict=True)])
+    got = torch.cat((decoded(model, ahead[:, :3], cache), decoded(model, ahead[:, 3:], cache)), 1)
+    expected = torch.stack([hidden[-4:] for hidden in hidden_one_by_one(model, sequences)])
+    assert (got - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_what_lies_behind_the_length_is_written_over() -> None:
     model = tiny_policy()
-    sequences = random_sequences(PROMPTS)
-    cache = prefilled(model, sequences, 20)
-    for row, sequence in enumerate(sequences):
-        latents: list[Tensor] = []
-        model(*pack([sequence]), latents)
-        assert (cache.values[:, row, : len(sequence)] - torch.stack(latents)).abs().max() < 1e-5
-        assert cache.values[:, row, len(sequence) :].abs().max() == 0
+    sequences = random_sequences([length + 2 for length in PROMPTS])
+    cache = prefilled(model, [s[:length] for s, length in zip(sequences, PROMPTS, strict=True)], 20)
+    model.decode(torch.tensor([[1, 2, 3]] * len(PROMPTS)), cache)  # drafts that were all wrong
+    ahead = torch.tensor([s[length:] for s, length in zip(sequences, PROMPTS, strict=True)])
+    got = torch.cat((decoded(model, ahead[:, :1], cache), decoded(model, ahead[:, 1:], cache)), 1)
+    expected = torch.stack([hidden[-2:] for hidden in hidden_one_by_one(model, sequences)])
+    assert (got - expected).abs().max() < 1e-5
 
 
 @torch.no_grad()
-def test_kept_sequences_decode_as_before() -> None:
+def test_selected_sequences_decode_as_before() -> None:
     model = tiny_policy()
     sequences = random_sequences([length + 2 for length in PROMPTS])
     prompts = [s[:length] for s, length in zip(sequences, PROMPTS, strict=True)]
     cache = prefilled(model, prompts, 20)
-    first = torch.tensor([s[length] for s, length in zip(sequences, PROMPTS, strict=True)])
-    second = torch.tensor([s[length + 1] for s, length in zip(sequences, PROMPTS, strict=True)])
-    model.decode(first, cache)
-    rows = torch.tensor([3, 0])
-    cache.keep(rows)
-    assert cache.lengths.tolist() == [PROMPTS[3] + 1, PROMPTS[0] + 1]
-    assert cache.values.shape[1] == 2
-    got = model.decode(second[rows], cache)
-    expected = torch.stack([hidden[-1] for hidden in hidden_one_by_one(model, [sequences[3], sequences[0]])])
+    ahead = torch.tensor([s[length:] for s, length in zip(sequences, PROMPTS, strict=True)])
+    decoded(model, ahead[:, :1], cache)
+    rows = torch.tensor([3, 0, 3])
+    cache = cache.select(rows, 13)
+    assert cache.lengths.tolist() == [PROMPTS[row] + 1 for row in rows]
+    assert (cache.values.shape[1], cache.capacity) == (3, 13)
+    got = decoded(model, ahead[rows, 1:], cache)[:, 0]
+    expected = torch.stack([hidden_one_by_one(model, [sequences[row]])[0][-1] for row in rows])
     assert (got - expected).abs().max() < 1e-5
 
 
@@ -105,10 +122,9 @@ def test_kept_sequences_decode_as_before() -> None:
 def test_rotation_frequencies_stay_in_fp32_under_half_precision() -> None:
     model = tiny_policy().to(torch.bfloat16)
     (sequence,) = random_sequences([100])
-    input_ids, positions, cu_seqlens = pack([sequence])
-    latents: list[Tensor] = []
-    model(input_ids, positions, cu_seqlens, latents)
-    rotated = latents[0][:, TINY.kv_lora_rank :].float()
+    input_ids, positions, _ = pack([sequence])
+    cache = prefilled(model, [sequence], 100)
+    rotated = cache.values[0, 0, :100, TINY.kv_lora_rank :].float()
     attention = model.model.get_submodule("layers.0.self_attn")
     x = model.model.get_submodule("layers.0.input_layernorm")(model.model.embed_tokens(input_ids))
     raw = attention.get_submodule("kv_a_proj_with_mqa")(x)[:, TINY.kv_lora_rank :].double()

@@ -33,7 +33,7 @@ def by_hand(sequences: list[list[int]], temperature: float) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
 def test_values_are_those_of_the_full_logits(temperature: float) -> None:
     sequences = random_sequences(LENGTHS)
-    logprobs, entropy = token_logprobs(MODEL, *pack(sequences), temperature=temperature)
+    logprobs, entropy, *_ = token_logprobs(MODEL, *pack(sequences), temperature=temperature)
     expected, expected_entropy = by_hand(sequences, temperature)
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert (logprobs - expected).abs().max() < 1e-5
@@ -44,7 +44,7 @@ def test_values_are_those_of_the_full_logits(temperature: float) -> None:
 
 def test_first_tokens_are_zero_and_nothing_else_is() -> None:
     input_ids, position_ids, cu_seqlens = pack(random_sequences(LENGTHS))
-    logprobs, entropy = token_logprobs(MODEL, input_ids, position_ids, cu_seqlens)
+    logprobs, entropy, *_ = token_logprobs(MODEL, input_ids, position_ids, cu_seqlens)
     first = torch.zeros(len(input_ids), dtype=torch.bool)
     first[cu_seqlens[:-1].long()] = True
     assert (logprobs[first] == 0).all()
@@ -58,7 +58,7 @@ def test_chunks_change_neither_value_nor_gradient() -> None:
     outcomes = []
     for chunk_tokens in (4096, 5, 1):
         MODEL.zero_grad()
-        logprobs, entropy = token_logprobs(MODEL, *packed, temperature=0.8, chunk_tokens=chunk_tokens)
+        logprobs, entropy, *_ = token_logprobs(MODEL, *packed, temperature=0.8, chunk_tokens=chunk_tokens)
         (logprobs * upstream).sum().backward()
         grads = {name: p.grad.clone() for name, p in MODEL.named_parameters() if p.grad is not None}
         outcomes.append((logprobs.detach(), entropy, grads))
@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_log_softmax() -> None:
         MODEL.zero_grad()
         if masked:
             mask = torch.ones(14, dtype=torch.bool)
-            values, _ = token_logprobs(MODEL, *pack(sequences), mask=mask, chunk_tokens=4)
+            values, *_ = token_logprobs(MODEL, *pack(sequences), mask=mask, chunk_tokens=4)
         else:
             values, _ = by_hand(sequences, 1.0)
         (values * torch.linspace(-1, 1, 14)).sum().backward()
@@ -94,8 +94,8 @@ def test_a_mask_zeroes_what_it_hides_and_leaves_the_rest(data: st.DataObject) ->
     total = sum(LENGTHS)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)))
     with torch.no_grad():
-        full = token_logprobs(MODEL, *packed)
-        part = token_logprobs(MODEL, *packed, mask=mask, chunk_tokens=data.draw(st.integers(1, 9)))
+        full = token_logprobs(MODEL, *packed)[:2]
+        part = token_logprobs(MODEL, *packed, mask=mask, chunk_tokens=data.draw(st.integers(1, 9)))[:2]
     for whole, masked in zip(full, part, strict=True):
         assert torch.allclose(masked, whole * mask, atol=1e-6)
         assert (masked[~mask] == 0).all()
@@ -104,7 +104,7 @@ def test_a_mask_zeroes_what_it_hides_and_leaves_the_rest(data: st.DataObject) ->
 def test_an_empty_mask_still_has_a_zero_gradient() -> None:
     MODEL.zero_grad()
     packed = pack(random_sequences(LENGTHS))
-    logprobs, entropy = token_logprobs(MODEL, *packed, mask=torch.zeros(sum(LENGTHS), dtype=torch.bool))
+    logprobs, entropy, *_ = token_logprobs(MODEL, *packed, mask=torch.zeros(sum(LENGTHS), dtype=torch.bool))
     logprobs.sum().backward()
     assert logprobs.abs().sum() == entropy.sum() == 0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in MODEL.parameters())
@@ -122,8 +122,8 @@ def test_a_sequence_does_not_depend_on_what_it_is_packed_with(
     place = min(place, len(others))
     start = sum(map(len, others[:place]))
     with torch.no_grad():
-        alone, alone_entropy = token_logprobs(MODEL, *pack([sequence]))
-        packed, entropy = token_logprobs(MODEL, *pack([*others[:place], sequence, *others[place:]]))
+        alone, alone_entropy, *_ = token_logprobs(MODEL, *pack([sequence]))
+        packed, entropy, *_ = token_logprobs(MODEL, *pack([*others[:place], sequence, *others[place:]]))
     own = slice(start, start + len(sequence))
     assert torch.allclose(packed[own], alone, atol=1e-5)
     assert torch.allclose(entropy[own], alone_entropy, atol=1e-5)
@@ -134,8 +134,8 @@ def test_a_sequence_does_not_depend_on_what_it_is_packed_with(
 def test_a_token_does_not_depend_on_what_follows_it(sequence: list[int], data: st.DataObject) -> None:
     cut = data.draw(st.integers(2, len(sequence)))
     with torch.no_grad():
-        whole, _ = token_logprobs(MODEL, *pack([sequence]))
-        prefix, _ = token_logprobs(MODEL, *pack([sequence[:cut]]))
+        whole, *_ = token_logprobs(MODEL, *pack([sequence]))
+        prefix, *_ = token_logprobs(MODEL, *pack([sequence[:cut]]))
     assert torch.allclose(whole[:cut], prefix, atol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_a_token_does_not_depend_on_what_follows_it(sequence: list[int], data: s
 def test_entropy_is_never_negative_even_where_one_token_is_certain() -> None:
     model = tiny_policy(seed=5)
     model.lm_head.weight.mul_(3000)
-    logprobs, entropy = token_logprobs(model, *pack(random_sequences([60], seed=6)))
+    logprobs, entropy, *_ = token_logprobs(model, *pack(random_sequences([60], seed=6)))
     assert (entropy >= 0).all()
     assert entropy[1:].min() < 1e-3
     assert (logprobs <= 0).all()
@@ -160,6 +160,6 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> No
 def test_the_entropy_of_a_uniform_policy_is_log_vocab() -> None:
     model = tiny_policy()
     model.lm_head.weight.zero_()
-    logprobs, entropy = token_logprobs(model, *pack(random_sequences([5])))
+    logprobs, entropy, *_ = token_logprobs(model, *pack(random_sequences([5])))
     assert torch.allclose(entropy[1:], torch.full((4,), math.log(TINY.vocab_size)), atol=1e-5)
     assert torch.allclose(logprobs[1:], torch.full((4,), -math.log(TINY.vocab_size)), atol=1e-5)

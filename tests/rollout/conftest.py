@@ -82,7 +82,7 @@ def largest_gap() -> Callable[..., float]:
         largest = 0.0
         for prompt, completion in zip(prompts, completions, strict=True):
             ids = torch.tensor(prompt + completion.token_ids)
-            own, _ = token_logprobs(
+            own, *_ = token_logprobs(
                 model, ids, torch.arange(len(ids)), torch.tensor([0, len(ids)]), temperature=temperature
             )
             theirs = torch.tensor(completion.logprobs)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from policy.checkpoint import CheckpointError, hf_state_dict
 from policy.deepseek import DeepseekPolicy
+from rollout.decoding import keep_top_p, sample_tokens
 from rollout.engine import SamplingParams
-from rollout.torch_engine import TorchEngine, keep_top_p, sample_tokens
+from rollout.torch_engine import TorchEngine
 
 MakePolicy = Callable[[int], DeepseekPolicy]
 SEEDS = list(range(8))
@@ -23,7 +24,7 @@ SEEDS = list(range(8))
 
 @torch.no_grad()
 def full_logits(model: DeepseekPolicy, ids: list[int]) -> torch.Tensor:
-    return model.lm_head(model(torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)])))
+    return model.lm_head(model(torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)])).hidden)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -11,9 +11,9 @@ import torch
 from policy.checkpoint import hf_state_dict
 from policy.deepseek import DeepseekPolicy
 from rollout.cluster import RayEngine
+from rollout.decoding import keep_top_p
 from rollout.engine import SamplingParams
 from rollout.engine_checks import EngineError, check_weights
-from rollout.torch_engine import keep_top_p
 from rollout.vllm_engine import checkpoint_shapes
 from rollout.weights import WeightSync, WeightSyncError
 
@@ -88,7 +88,7 @@ def test_top_p_logprobs_are_those_of_the_kept_tokens(
     for prompt, completion in zip(prompts, vllm_engine.generate(prompts, params, SEEDS), strict=True):
         ids = torch.tensor(prompt + completion.token_ids)
         with torch.no_grad():
-            hidden = model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)]))
+            hidden = model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)])).hidden
             logits = model.lm_head(hidden[len(prompt) - 1 : -1])
         expected = keep_top_p(logits / 0.8, 0.6).log_softmax(-1)
         expected = expected.gather(-1, ids[len(prompt) :, None]).squeeze(1)
