@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +24,13 @@ from policy.checkpoint_names import (
     prediction_layers,
     shared_names,
 )
-from policy.checkpoint_read import Target, check_alias, check_fit, json_object, load_weights, read_headers
+from policy.checkpoint_read import Target, check_alias, check_fit, config_values, load_weights, read_headers
 from policy.checkpoint_write import MAX_SHARD_BYTES, SaveDtype, Source, write_weights
 from policy.config import PolicyConfig, PolicyConfigError
 from policy.deepseek import DeepseekPolicy
 from policy.dense import load_dense
 from policy.dense_config import DenseConfig
-from policy.fp8_format import QUANTIZATION_CONFIG, quantization_problem
+from policy.fp8_format import QUANTIZATION_CONFIG
 from policy.interface import Policy
 
 OUR_MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
@@ -114,18 +113,12 @@ def write_config(model: Policy, folder: Path, dtype: SaveDtype | None = None) ->
 
 def read_config(folder: Path) -> PolicyConfig | DenseConfig:
     """The policy's config of a checkpoint, a dense one's for an architecture other than DeepSeek's; CheckpointError."""
-    values = _config_values(folder)
-    where = folder / "config.json"
+    values = config_values(folder)
     try:
-        if values.get("model_type") not in OUR_MODEL_TYPES:
-            return DenseConfig.from_hf_dict(values)
-        if problem := quantization_problem(values):
-            raise CheckpointError(
-                f"{where} has {problem}; of quantised weights, e4m3 in blocks of 128 x 128 can be read"
-            )
-        return PolicyConfig.from_hf_dict(values)
+        ours = values.get("model_type") in OUR_MODEL_TYPES
+        return PolicyConfig.from_hf_dict(values) if ours else DenseConfig.from_hf_dict(values)
     except PolicyConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
 
 def load_policy(folder: Path, dtype: torch.dtype = torch.float32, drop_mtp: bool = False) -> Policy:
@@ -140,7 +133,7 @@ def load_policy(folder: Path, dtype: torch.dtype = torch.float32, drop_mtp: bool
         return load_dense(folder, dtype)
     if drop_mtp:
         config = replace(config, num_nextn_predict_layers=0)
-    ignored = _ignored(folder, config, drop_mtp)
+    ignored = ignored_tensors(folder, config, drop_mtp)
     model = empty_policy(config, dtype)
     load_weights(folder, targets_of(model), ignored)
     return model
@@ -161,7 +154,7 @@ def empty_policy(config: PolicyConfig, dtype: torch.dtype) -> DeepseekPolicy:
     return model
 
 
-def _ignored(folder: Path, config: PolicyConfig, drop_mtp: bool) -> list[str]:
+def ignored_tensors(folder: Path, config: PolicyConfig, drop_mtp: bool) -> list[str]:
     """Stored tensors to pass over: rotary frequencies, which follow from the config, and prediction layers to drop.
 
     Prediction layers that config.json and the files do not agree on are a CheckpointError.
@@ -176,10 +169,3 @@ def _ignored(folder: Path, config: PolicyConfig, drop_mtp: bool) -> list[str]:
         )
     dropped = [name for name in names if drop_mtp and layer_index(name) in held]
     return dropped + [name for name in names if name.endswith("rotary_emb.inv_freq")]
-
-
-def _config_values(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
-    return json_object(path)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from policy.atomic import CheckpointError
-from policy.fp8_format import SCALE_SUFFIX, dequantise, scale_shape
+from policy.fp8_format import SCALE_SUFFIX, dequantise, quantization_problem, scale_shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -123,6 +123,18 @@ def open_file(folder: Path, file: str) -> Iterator[Any]:
             yield opened
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from error
+
+
+def config_values(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's config.json says of the model; how the weights are stored is checked here and left out."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
+    values = json_object(path)
+    if problem := quantization_problem(values):
+        raise CheckpointError(f"{path} has {problem}; of quantised weights, e4m3 in blocks of 128 x 128 can be read")
+    values.pop("quantization_config", None)
+    return values
 
 
 def json_object(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from policy.atomic import CheckpointError
-from policy.checkpoint_read import Target, json_object, load_weights, read_headers
+from policy.checkpoint_read import Target, config_values, load_weights, read_headers
 from policy.config import PolicyConfigError
 from policy.deepseek import Head, Packing, PolicyOutput
 from policy.dense_attention import ATTENTION, Attend, Continuation, Documents, KeyValueCache, register_attention
@@ -195,7 +195,7 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> DensePolicy:
     CheckpointError lists weights that are missing, unknown or misshapen, or says what the config asks for in vain.
     """
     try:
-        config = DenseConfig.from_hf_dict(json_object(folder / "config.json"))
+        config = DenseConfig.from_hf_dict(config_values(folder))
         model = DensePolicy(config, dtype)
         targets = [Target(name, tuple(weight.shape), weight) for name, weight in model.hf_state_dict().items()]
         if config.tie_word_embeddings:  # some files repeat the embedding under this name

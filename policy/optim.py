@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,16 +59,29 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                buffer = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalise(parameter.grad.lerp(buffer, group["momentum"]))
+            members = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter, update in _orthogonalised(members, (self._direction(p, group["momentum"]) for p in members)):
                 scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Where Nesterov's momentum points, which this moves on."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        assert parameter.grad is not None
+        return parameter.grad.lerp(state["momentum"].lerp_(parameter.grad, 1 - momentum), momentum)
+
+
+def _orthogonalised(parameters: list[Tensor], directions: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each parameter with its orthogonalised direction; one at a time, or all at once where ranks share the work."""
+    if parameters and hasattr(parameters[0], "placements"):  # a DTensor; to import that type takes a second
+        from policy.sharded_muon import orthogonalise_sharded
+
+        directions = orthogonalise_sharded(list(directions), orthogonalise)
+    else:
+        directions = map(orthogonalise, directions)
+    return zip(parameters, directions, strict=True)
 
 
 def orthogonalise(matrices: Tensor, num_iterations: int = 5) -> Tensor:

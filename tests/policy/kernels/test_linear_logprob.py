@@ -218,6 +218,11 @@ def test_what_is_out_of_order_is_refused(change: dict[str, object], message: str
 
 MEASURE = """
 import resource, sys, torch
+
+def peak_bytes():  # not ru_maxrss, which a process inherits from the one that started it
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+
 torch.set_num_threads(1)
 from policy.kernels.linear_logprob import linear_logprob
 
@@ -238,8 +243,7 @@ run(form, *(x[:64].detach().requires_grad_() for x in (hidden, weight)), targets
 with open("/proc/self/statm") as file:
     before = int(file.read().split()[1]) * resource.getpagesize()
 run(form, hidden, weight, targets)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(peak - before - hidden.grad.nbytes - weight.grad.nbytes)
+print(peak_bytes() - before - hidden.grad.nbytes - weight.grad.nbytes)
 """
 
 
