@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -37,8 +37,12 @@ class RewardConfig(_Table):
     """One part of the reward."""
 
     name: str = Field(min_length=1, description="name of the part in verdicts and metrics")
-    verifier: str = Field(description="built-in name (numeric, format) or 'package.module:function'")
+    verifier: str = Field(description="name (math, numeric, code, format, ...) or 'package.module:attribute'")
     weight: float = Field(default=1.0, allow_inf_nan=False, description="factor on this part's score")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the verifier; see docs/verifiers.md")
+    timeout_s: float | None = Field(
+        default=None, gt=0, description="time it needs for one sample, where that is more than scoring.timeout_s"
+    )
 
 
 class ScoringConfig(_Table):

@@ -21,7 +21,7 @@ class Task:
     task_id: str
     prompt: str | Sequence[Mapping[str, str]]
     answer: Any
-    verifier: str = "numeric"
+    verifier: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -38,6 +38,7 @@ def schema() -> pa.Schema:
             ("reason", text),
             ("extracted", text),
             ("parts", text),
+            ("elapsed_s", number),
             ("advantage", number),
             ("num_completion_tokens", index),
             ("finish_reason", text),
@@ -116,6 +117,7 @@ def _row(step: int, phase: Phase, group: Group, sample: Sample, prompt: str) -> 
         "reason": None if verdict is None else _clean(verdict.reason),
         "extracted": None if verdict is None or verdict.extracted is None else _clean(verdict.extracted),
         "parts": None if verdict is None else json.dumps(jsonable(verdict.parts, "parts")),
+        "elapsed_s": None if verdict is None else verdict.elapsed_s,
         "advantage": None if sample.advantage is None else float(sample.advantage),
         "num_completion_tokens": len(sample.completion_ids),
         "finish_reason": sample.finish_reason,
@@ -176,4 +178,15 @@ def _rewrite(merged: Path, tables: Iterator[pa.Table]) -> None:
     with replacing(merged) as temporary, pq.ParquetWriter(temporary, schema(), compression="zstd") as writer:
         for table in tables:
             if table.num_rows:
-                writer.write_table(table, row_group_size=table.num_rows)
+                writer.write_table(_with_all_columns(table), row_group_size=table.num_rows)
+
+
+def _with_all_columns(table: pa.Table) -> pa.Table:
+    """The table in today's columns, null where it was written before there was one."""
+    import pyarrow as pa
+
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        for field in schema()
+    ]
+    return pa.table(columns, schema=schema())

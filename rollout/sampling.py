@@ -108,11 +108,17 @@ def _sample(prompter: Prompter, task: Task, index: int, prompt: tuple[int, ...],
 def score_groups(pool: ScorePool, groups: Sequence[Group]) -> list[Group]:
     """The groups with a verdict on every sample, scored in the pool's processes."""
     samples = [(group, sample) for group in groups for sample in group.samples]
-    verdicts = iter(pool.score([s.completion_text for _, s in samples], [g.task for g, _ in samples]))
+    tasks = [_with_length(group.task, sample) for group, sample in samples]
+    verdicts = iter(pool.score([sample.completion_text for _, sample in samples], tasks))
     return [
         replace(group, samples=tuple(replace(sample, verdict=next(verdicts)) for sample in group.samples))
         for group in groups
     ]
+
+
+def _with_length(task: Task, sample: Sample) -> Task:
+    """The task with the completion's length in tokens for its verifiers, as metadata `num_tokens`."""
+    return replace(task, metadata={**task.metadata, "num_tokens": len(sample.completion_ids)})
 
 
 class GroupStream:

@@ -54,6 +54,9 @@ class DataConfig(BaseModel):
     metadata_columns: tuple[str, ...] = Field(
         default=(), description="Columns handed to the verifier as the task's metadata."
     )
+    verifier_column: str | None = Field(
+        default=None, description="Column with the name of the row's own verifier, for the verifier by_task."
+    )
     answer_pattern: str | None = Field(
         default=None,
         description=r"Regular expression whose one group is the answer in its column; GSM8K: '####\s*(.+?)\s*$'.",
@@ -167,12 +170,21 @@ class DatasetTasks:
         prompt = _value(row, config.prompt_column, "prompt_column", place)
         answer = _value(row, config.answer_column, "answer_column", place)
         row_id = index if config.id_column is None else _value(row, config.id_column, "id_column", place)
+        verifier = "" if config.verifier_column is None else _verifier_name(row, config.verifier_column, place)
         return Task(
             task_id=f"{self._name}/{row_id}",
             prompt=_check_prompt(prompt, f"{place}, column {config.prompt_column!r}"),
             answer=_extract(answer, config.answer_pattern, f"{place}, column {config.answer_column!r}"),
+            verifier=verifier,
             metadata={c: _value(row, c, "metadata_columns", place, nullable=True) for c in config.metadata_columns},
         )
+
+
+def _verifier_name(row: Row, column: str, place: str) -> str:
+    name = _value(row, column, "verifier_column", place, nullable=True)
+    if name is not None and not isinstance(name, str):
+        raise UserError(f"{place}, column {column!r}: a verifier's name is a text, not {type(name).__name__}")
+    return name or ""
 
 
 class GeneratedTasks:

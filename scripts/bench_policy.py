@@ -1,7 +1,7 @@
 """Forward and backward of the policy against transformers' implementation: same weights, same packed batch, one run.
 
-    python scripts/bench_policy.py                        # the quickstart's policy and a 100M one, on the CPU
-    python scripts/bench_policy.py --device cuda --dtype bfloat16 --shapes v2_lite_slice
+    python -m scripts.bench_policy                        # the quickstart's policy and a 100M one, on the CPU
+    python -m scripts.bench_policy --device cuda --dtype bfloat16 --shapes v2_lite_slice
 
 Every measurement is a process of its own, so that its peak memory is its own; each contender runs `--rounds` times, in
 turns, and counts with its best. transformers runs with each of its experts implementations, on the batch packed into one
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,15 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the repository, where it is not installed
-
 from policy.checkpoint import load_policy, save_policy
 from policy.config import PolicyConfig, YarnScaling
 from policy.deepseek import DeepseekPolicy
 from policy.logprobs import token_logprobs
 from policy.packing import layout
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPES: dict[str, dict[str, Any]] = {
     "quickstart": {"vocab_size": 512, **tomllib.loads((ROOT / "configs/quickstart_base.toml").read_text())["model"]},
     "100m": {
@@ -173,7 +170,8 @@ def _memory(on_gpu: bool) -> int:
     """Peak bytes of this process so far: of its GPU tensors, or of its resident set."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would begin at what the starting process once held
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 
 
 def contenders() -> list[str]:
@@ -187,11 +185,21 @@ def contenders() -> list[str]:
 
 def measure(name: str, shape: str, folder: Path, arguments: argparse.Namespace) -> Measured | str:
     """Run one contender in a process of its own; its last line of error if it fails."""
-    command = [sys.executable, __file__, "--worker", name, "--shape", shape, "--folder", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.bench_policy",
+        "--worker",
+        name,
+        "--shape",
+        shape,
+        "--folder",
+        str(folder),
+    ]
     command += ["--device", arguments.device, "--dtype", arguments.dtype]
     command += ["--threads", str(arguments.threads), "--seconds", str(arguments.seconds)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return f"no four steps within {arguments.timeout} s"
     if done.returncode:

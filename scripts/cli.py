@@ -123,16 +123,21 @@ def sample(
 
 @app.command()
 def score(
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="rows: completion, answer, [prompt, metadata]")],
-    verifier: Annotated[str, typer.Option(metavar="NAME", help="numeric, format, or package.module:function")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.jsonl", help="rows: completion, answer, [prompt, metadata, verifier]")
+    ],
+    verifier: Annotated[str, typer.Option(metavar="NAME", help="math, code, by_task, ..., or package.module:function")],
     out: Annotated[Path, typer.Option(metavar="SCORED.jsonl", help="the same rows in order, each with a verdict")],
     num_workers: Annotated[int, typer.Option(min=1, help="verifier processes")] = 2,
     timeout_s: Annotated[float, typer.Option(min=0.01, help="longest time for one row, in seconds")] = 5.0,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="option of the verifier, as JSON")
+    ] = None,
 ) -> None:
     """Score completions with a verifier, in processes that can be killed."""
-    from scripts.score import score_file
+    from scripts.score import parse_options, score_file
 
-    summary = score_file(file, verifier, out, num_workers, timeout_s)
+    summary = score_file(file, verifier, out, num_workers, timeout_s, parse_options(option or []))
     typer.echo("\n".join([*summary_lines(summary), f"written to {out}"]))
 
 
@@ -153,7 +158,8 @@ def summary_lines(summary: ScoreSummary) -> list[str]:
 @app.command("model")
 def describe_model(
     target: Annotated[
-        str, typer.Argument(metavar="CONFIG|CHECKPOINT", help="TOML file, config.json, checkpoint folder, or deepseek_v3")
+        str,
+        typer.Argument(metavar="CONFIG|CHECKPOINT", help="TOML file, config.json, checkpoint folder, or deepseek_v3"),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
     context_tokens: Annotated[
@@ -174,6 +180,46 @@ def describe_model(
         num_ranks=ranks,
         expert_parallel=expert_parallel,
     )
+
+
+@app.command("verify-data")
+def verify_data(
+    file: Annotated[Path, typer.Argument(metavar="DATA", help="JSONL, JSON or Parquet file with gold answers")],
+    verifier: Annotated[
+        str, typer.Option(metavar="NAME", help="the verifier whose view of the golds is asked")
+    ] = "math",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="option of the verifier, as JSON")
+    ] = None,
+    answer_field: Annotated[str | None, typer.Option(help="field with the gold; default: the first known one")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="examples shown of every status")] = 5,
+    out: Annotated[Path | None, typer.Option(metavar="AUDIT.jsonl", help="every row's audit")] = None,
+    num_workers: Annotated[int, typer.Option(min=1, help="verifier processes")] = 2,
+) -> None:
+    """Audit a data set's gold answers: unparsable, ambiguous, embedded numbers, with counts and examples."""
+    from scripts.score import parse_options
+    from scripts.verify_data import audit_lines, verify_data
+
+    options = parse_options(option or [])
+    audit = verify_data(file, verifier, options, examples, out, answer_field=answer_field, num_workers=num_workers)
+    typer.echo("\n".join(audit_lines(audit)))
+
+
+@app.command("verifier-report")
+def verifier_report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, such as runs/quickstart-0")],
+    judge: Annotated[
+        bool, typer.Option("--judge", help="ask about each suspicious verdict, and keep the answers")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="try the verifiers on all judged cases again")] = False,
+) -> None:
+    """Say what a run's verifiers said, and show the verdicts that a person should look at."""
+    from scripts.verifier_report import run_verifier_report
+
+    def ask(question: str) -> str:
+        return typer.prompt(question, default="s", show_default=False)
+
+    raise typer.Exit(run_verifier_report(run, judging=judge, checking=check, ask=ask, show=typer.echo))
 
 
 @app.command()

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 from rollout.provenance import versions
 from scripts.doctor_facts import installed_versions, read_pins, run_probes
+from verifiers.code.isolation import describe_isolation, prove_isolation
 
 State = Literal["ok", "note", "broken"]
-Section = Literal["packages", "devices", "will be used", "environment"]
+Section = Literal["packages", "devices", "will be used", "sandbox", "environment"]
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = (
     "torch",
@@ -88,6 +89,7 @@ def examine(root: Path = ROOT, environment: Mapping[str, str] | None = None) -> 
         *_packages(name, pins, installed, probes),
         *_devices(root, machine, probes),
         *_choices(probes),
+        *_sandbox(),
         *_traps(installed, environment),
     )
     return Examination(requirements=name, findings=findings)
@@ -175,6 +177,22 @@ def _choices(probes: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
     else:
         yield Finding("will be used", "experts", "none: this torch has no grouped_mm", "broken", "", "make setup")
     yield Finding("will be used", "attention", "torch.nn.functional.scaled_dot_product_attention")
+
+
+def _sandbox() -> Iterator[Finding]:
+    """How programs of the `code` verifier are shut in, and whether each of its walls holds against a try."""
+    description = describe_isolation()
+    if description.isolation is None:
+        cure = (
+            'allow user namespaces, install bubblewrap, or say sandbox = "limits-only" in the code verifier\'s options'
+        )
+        yield Finding("sandbox", "programs", description.detail, "note", "namespaces", cure)
+        return
+    yield Finding("sandbox", "programs", f"{description.isolation}: {description.detail}")
+    for attempt in prove_isolation():
+        state: State = "ok" if attempt.held else "note"
+        cure = "" if attempt.held else "do not score programs that you do not trust on this machine"
+        yield Finding("sandbox", attempt.name, attempt.detail.split(":")[0][:60], state, "held", cure)
 
 
 def _traps(installed: Mapping[str, str], environment: Mapping[str, str]) -> Iterator[Finding]:

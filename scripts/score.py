@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,23 +47,52 @@ class _Row:
     prompt: Any
     answer: Any
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    verifier: str = ""
 
 
-def score_file(path: Path, verifier: str, out: Path, num_workers: int, timeout_s: float) -> ScoreSummary:
+def parse_options(settings: Sequence[str]) -> dict[str, Any]:
+    """The options of a verifier from `key=value` texts; a value is JSON, and what is not JSON is the text itself.
+
+    Raises UserError for a text without `=`, and for a key given twice.
+    """
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"--option {setting!r}: write it as key=value, for instance --option threshold=0.9")
+        if key in options:
+            raise UserError(f"--option {key!r} is given twice")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def score_file(
+    path: Path,
+    verifier: str,
+    out: Path,
+    num_workers: int,
+    timeout_s: float,
+    options: Mapping[str, Any] | None = None,
+) -> ScoreSummary:
     """Score the JSONL file `path` with one verifier and write `out`, which appears only when it is complete.
 
-    Rows have `completion` and `answer`, optionally `prompt` and `metadata`. All lines are checked before the first is
-    scored; only one block of rows is in memory at a time. A row's own `verdict` column, if it has one, is replaced.
-    Raises `ScoreFileError`, `verifiers.VerifierLookupError`, or ValueError for bad `num_workers` or `timeout_s`.
+    Rows have `completion` and `answer`, optionally `prompt`, `metadata`, and the name of their own `verifier`, which
+    `by_task` goes by. All lines are checked before the first is scored; only one block of rows is in memory at a time.
+    A row's own `verdict` column, if it has one, is replaced. Raises `ScoreFileError`, `verifiers.VerifierLookupError`,
+    or ValueError for bad `num_workers` or `timeout_s`.
     """
-    out = _check_paths(path, out)
+    out = check_paths(path, out)
     counts: Counter[Status] = Counter()
     total = 0.0
-    with ScorePool([VerifierSpec(verifier, verifier)], num_workers, timeout_s) as pool:
+    spec = VerifierSpec(verifier, verifier, options=options or {})
+    with ScorePool([spec], num_workers, timeout_s) as pool:
         if sum(1 for _ in _rows(path)) == 0:
             raise ScoreFileError(f"{path} has no rows to score")
         start = time.perf_counter()
-        with _atomic(out) as stream:
+        with atomic(out) as stream:
             for block in _blocks(_rows(path)):
                 verdicts = pool.score([row.completion for row in block], block)
                 stream.writelines(_scored_line(row, verdict) for row, verdict in zip(block, verdicts, strict=True))
@@ -82,7 +111,7 @@ def score_file(path: Path, verifier: str, out: Path, num_workers: int, timeout_s
     )
 
 
-def _check_paths(path: Path, out: Path) -> Path:
+def check_paths(path: Path, out: Path) -> Path:
     """`out` with links resolved, so that replacing it keeps the link."""
     if not path.is_file():
         raise ScoreFileError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
@@ -125,7 +154,11 @@ def _parse(line: bytes) -> _Row:
     metadata = columns.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise ValueError(f"`metadata` is a {type(metadata).__name__}, not an object")
-    return _Row(line, columns, columns["completion"], columns.get("prompt"), columns["answer"], metadata or {})
+    verifier = columns.get("verifier")
+    if verifier is not None and not isinstance(verifier, str):
+        raise ValueError(f"`verifier` is a {type(verifier).__name__}, not a name")
+    prompt, answer = columns.get("prompt"), columns["answer"]
+    return _Row(line, columns, columns["completion"], prompt, answer, metadata or {}, verifier or "")
 
 
 def _blocks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
@@ -150,7 +183,7 @@ def _scored_line(row: _Row, verdict: Verdict) -> bytes:
 
 
 @contextmanager
-def _atomic(out: Path) -> Iterator[BinaryIO]:
+def atomic(out: Path) -> Iterator[BinaryIO]:
     """A file that becomes `out` when the block ends well, and vanishes otherwise."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -3,6 +3,7 @@ r"""`numeric`: the stated answer is exactly the gold number; nothing else in the
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Rational, Real
@@ -10,7 +11,7 @@ from typing import Any
 
 from verifiers.extract import final_answer
 from verifiers.registry import register
-from verifiers.verdict import TaskLike, Verdict
+from verifiers.verdict import GoldAudit, TaskLike, Verdict
 
 # Bounds are checked before any arithmetic, so that no text can make it slow: 256 digits and 10**400 at most.
 MAX_NUMBER_CHARS = 256
@@ -92,27 +93,44 @@ def parse_gold(gold: Any) -> Fraction:
 
 
 @register("numeric")
-def numeric(completion: str, task: TaskLike) -> Verdict:
+@dataclass(frozen=True)
+class Numeric:
     r"""1 if the final answer (`verifiers.extract.final_answer`) is a number equal to `task.answer`, else 0.
 
     `wrong` is another number, `unparsable` no stated answer or one that is not a number, `error` an unusable gold.
     """
-    try:
-        gold = parse_gold(task.answer)
-    except NotANumberError as exc:
-        return Verdict(score=0.0, status="error", reason=f"the gold answer is unusable: {exc}")
-    stated = final_answer(completion)
-    if stated is None:
-        return Verdict(
-            score=0.0, status="unparsable", reason=r"no <answer>..</answer> and no \boxed{} after the thinking"
-        )
-    shown = _clip(stated.strip())
-    try:
-        value = parse_number(stated.strip())
-    except NotANumberError as exc:
-        return Verdict(score=0.0, status="unparsable", reason=f"the stated answer {shown!r}: {exc}", extracted=shown)
-    extracted = stated.strip()
-    if value == gold:
-        return Verdict(score=1.0, status="correct", reason=f"{shown} equals the gold answer", extracted=extracted)
-    reason = f"{shown} is not the gold answer {_clip(str(gold))}"
-    return Verdict(score=0.0, status="wrong", reason=reason, extracted=extracted)
+
+    def __call__(self, completion: str, task: TaskLike) -> Verdict:
+        try:
+            gold = parse_gold(task.answer)
+        except NotANumberError as exc:
+            return Verdict(score=0.0, status="error", reason=f"the gold answer is unusable: {exc}")
+        stated = final_answer(completion)
+        if stated is None:
+            return Verdict(
+                score=0.0, status="unparsable", reason=r"no <answer>..</answer> and no \boxed{} after the thinking"
+            )
+        shown = _clip(stated.strip())
+        try:
+            value = parse_number(stated.strip())
+        except NotANumberError as exc:
+            return Verdict(
+                score=0.0, status="unparsable", reason=f"the stated answer {shown!r}: {exc}", extracted=shown
+            )
+        extracted = stated.strip()
+        if value == gold:
+            return Verdict(score=1.0, status="correct", reason=f"{shown} equals the gold answer", extracted=extracted)
+        reason = f"{shown} is not the gold answer {_clip(str(gold))}"
+        return Verdict(score=0.0, status="wrong", reason=reason, extracted=extracted)
+
+    def prepare(self, task: TaskLike) -> GoldAudit:
+        """Whether the gold is one number."""
+        try:
+            gold = parse_gold(task.answer)
+        except NotANumberError as exc:
+            missing = task.answer is None or (isinstance(task.answer, str) and not task.answer.strip())
+            return GoldAudit(status="missing" if missing else "unparsable", reason=str(exc))
+        return GoldAudit(status="ok", reason="one number", parsed=_clip(str(gold)))
+
+
+numeric = Numeric()

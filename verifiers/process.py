@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import signal
 import socket
@@ -12,6 +13,8 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+from verifiers.descendants import MARK, kill_with_descendants
 
 HANDOVER_S = 60.0  # for a live worker to take a chunk, or to read or write one message, before it counts as dead
 MAX_MESSAGE_BYTES = 2**26
@@ -22,13 +25,14 @@ class WorkerProcess:
 
     def __init__(self, cwd: str, log_path: Path | None) -> None:
         self.samples = 0
+        self._mark = secrets.token_hex(16)
         ours, theirs = socket.socketpair()
         limit = struct.pack("@ll", int(HANDOVER_S), 0)
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, limit)
         with contextlib.ExitStack() as on_failure, theirs:
             on_failure.callback(ours.close)
-            self.process = _spawn(theirs.fileno(), cwd, log_path)
+            self.process = _spawn(theirs.fileno(), cwd, log_path, self._mark)
             on_failure.pop_all()
         self._connection = Connection(ours.detach())
         self._poller = select.poll()
@@ -50,14 +54,13 @@ class WorkerProcess:
         """Kill the process with everything it started; its exit status as `subprocess` gives it. Safe to call twice."""
         status = self.process.returncode
         if status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            kill_with_descendants(self.process.pid, self._mark)
             status = self.process.wait(timeout=HANDOVER_S)
         self._connection.close()
         return status
 
 
-def _spawn(fd: int, cwd: str, log_path: Path | None) -> subprocess.Popen[bytes]:
+def _spawn(fd: int, cwd: str, log_path: Path | None, mark: str) -> subprocess.Popen[bytes]:
     with contextlib.ExitStack() as stack:
         log = subprocess.DEVNULL if log_path is None else stack.enter_context(log_path.open("ab"))
         return subprocess.Popen(
@@ -67,14 +70,14 @@ def _spawn(fd: int, cwd: str, log_path: Path | None) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             cwd=cwd,
-            env=_environment(),
+            env=_environment(mark),
             start_new_session=True,
         )
 
 
-def _environment() -> dict[str, str]:
-    """The caller's environment, with this package importable and numeric libraries on one thread."""
-    env = dict(os.environ)
+def _environment(mark: str) -> dict[str, str]:
+    """The caller's environment, with this package importable, numeric libraries on one thread, and the worker's mark."""
+    env = {**os.environ, MARK: mark}
     home = str(Path(__file__).resolve().parent.parent)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

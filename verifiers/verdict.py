@@ -1,4 +1,4 @@
-"""The record every verifier returns, and the two protocols around it."""
+"""The records that verifiers return, and the protocols around them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """The verdict as plain JSON-ready values."""
         return asdict(self)
+
+
+GoldStatus = Literal["ok", "unparsable", "ambiguous", "embedded_number", "missing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldAudit:
+    """What a verifier's `prepare` says of one gold answer, before any completion is judged by it.
+
+    `ambiguous`: readable in more than one way (the reason says which). `embedded_number`: not readable as a whole, and
+    a careless grader would accept a bare number out of it. `parsed` is the reading, as text, where there is one.
+    """
+
+    status: GoldStatus
+    reason: str
+    parsed: str | None = None
 
 
 class TaskLike(Protocol):

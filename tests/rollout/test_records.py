@@ -77,5 +77,5 @@ def test_verdict_and_advantage_are_filled_on_a_copy() -> None:
 
 def test_tasks_do_not_share_their_metadata() -> None:
     assert TASK.metadata == {}
-    assert TASK.verifier == "numeric"
+    assert TASK.verifier == ""
     assert Task(task_id="a", prompt="", answer=0).metadata is not TASK.metadata

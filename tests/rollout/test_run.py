@@ -255,6 +255,7 @@ def test_samples_keep_every_column_through_the_merge(tmp_path: Path) -> None:
         "reason": "133 is right",
         "extracted": "133",
         "parts": '{"accuracy": 1.0}',
+        "elapsed_s": 0.0,
         "advantage": -0.5,
         "num_completion_tokens": 3,
         "finish_reason": "stop",

@@ -13,6 +13,7 @@ import pytest
 from scripts import doctor
 from scripts.doctor import Examination, Finding, examine, print_report
 from scripts.doctor_facts import MARK, probe, read_pins
+from verifiers.code.isolation import Attempt, Description
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD_TORCH = {"cuda": False, "build": None, "cpu": "AVX2", "gpus": [], "grouped_mm": True}
@@ -37,11 +38,17 @@ def fake(monkeypatch: pytest.MonkeyPatch):
         gpus: list[str] | None = None,
         environment: dict[str, str] | None = None,
         root: Path = ROOT,
+        walls: dict[str, bool] | None = None,
     ) -> Examination:
         merged = {**pins, **(changed or {})}
         installed = {name: version for name, version in merged.items() if version is not None}
         monkeypatch.setattr(doctor, "installed_versions", lambda: installed)
         monkeypatch.setattr(doctor, "run_probes", lambda _: GOOD_PROBES | (probes or {}))
+        held = {"read a file of the host": True} if walls is None else walls
+        isolation = "namespaces" if held else None
+        described = Description(isolation=isolation, detail="said why", is_seccomp=True, landlock_abi=7)
+        monkeypatch.setattr(doctor, "describe_isolation", lambda: described)
+        monkeypatch.setattr(doctor, "prove_isolation", lambda: [Attempt(n, h, "refused: x") for n, h in held.items()])
         monkeypatch.setattr(doctor, "versions", lambda: MACHINE | {"gpus": gpus or []})
         return examine(root, environment or {})
 
@@ -126,6 +133,20 @@ def test_known_traps(fake, changed: dict[str, str], environment: dict[str, str],
     found = [item for item in fake(changed=changed, environment=environment).findings if item.section == "environment"]
     assert [(item.subject, item.state) for item in found] == [(subject, state)]
     assert found[0].cure
+
+
+def test_each_wall_of_the_sandbox_is_a_line_and_a_broken_one_is_noted(fake) -> None:
+    examination = fake(walls={"connect to the network": True, "fork without end": False})
+    assert finding(examination, "programs").found == "namespaces: said why"
+    assert finding(examination, "connect to the network").state == "ok"
+    assert finding(examination, "fork without end").state == "note"
+    assert "do not score programs" in finding(examination, "fork without end").cure
+
+
+def test_without_a_sandbox_it_says_what_to_do(fake) -> None:
+    programs = finding(fake(walls={}), "programs")
+    assert (programs.state, programs.found) == ("note", "said why")
+    assert 'sandbox = "limits-only"' in programs.cure
 
 
 def test_outside_a_checkout_it_says_so(fake, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from rollout.errors import UserError
 from scripts import score as module
-from scripts.score import ScoreFileError, score_file
+from scripts.score import ScoreFileError, parse_options, score_file
 from verifiers import VerifierLookupError
 
 GOOD = b'{"completion": "<answer>5</answer>", "answer": 5}'
@@ -72,6 +73,30 @@ def test_every_status_is_counted_and_the_run_goes_on(paths, tmp_path, monkeypatc
     assert summary.worker_restarts == 2
 
 
+def test_options_and_the_rows_own_verifiers(paths):
+    rows = [{"completion": "<answer>5</answer>", "answer": 5, "verifier": name} for name in ("numeric", "format", "x")]
+    rows.append({"completion": "<answer>5</answer>", "answer": 5, "verifier": None})
+    paths[0].write_text("\n".join(map(json.dumps, rows)))
+    options = parse_options(['verifiers=["numeric", "format"]', "default=numeric"])
+    score_file(paths[0], "by_task", paths[1], 1, 5.0, options)
+    assert [row["verdict"]["status"] for row in read(paths[1])] == ["correct", "wrong", "error", "correct"]
+    with pytest.raises(VerifierLookupError, match="no option 'defalt', did you mean 'default'"):
+        score_file(paths[0], "by_task", paths[1], 1, 5.0, {"defalt": "numeric"})
+
+
+def test_option_values_are_json_or_else_text():
+    settings = ["a=1", "b=0.5", "c=true", 'd={"x": [1]}', "e=en", "f=a=b", "g=", 'h="1"']
+    expected = {"a": 1, "b": 0.5, "c": True, "d": {"x": [1]}, "e": "en", "f": "a=b", "g": "", "h": "1"}
+    assert parse_options(settings) == expected
+    for bad, message in (
+        (["x"], "write it as key=value"),
+        (["=1"], "write it as key=value"),
+        (["a=1", "a=2"], "twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_options(bad)
+
+
 def test_a_scored_file_can_be_scored_again(paths):
     run(paths, GOOD)
     run(paths, paths[1].read_bytes(), "format")
@@ -92,6 +117,7 @@ def test_a_scored_file_can_be_scored_again(paths):
         (b'{"completion": "x", "answer": null}', "line 3: the row has no `answer`"),
         (b'{"completion": ["x"], "answer": 1}', "line 3: `completion` is a list, not text"),
         (b'{"completion": "x", "answer": 1, "metadata": [1]}', "line 3: `metadata` is a list, not an object"),
+        (b'{"completion": "x", "answer": 1, "verifier": 5}', "line 3: `verifier` is a int, not a name"),
     ],
 )
 def test_a_bad_row_is_named_before_anything_is_scored(paths, monkeypatch, line, message):

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.records import Task
+from verifiers import resolve
 from verifiers.format import TAGS, think_answer_format
 
 TASK = Task(task_id="t", prompt="", answer=None, metadata={})
@@ -43,6 +44,18 @@ def test_the_form_scores_one(completion):
 def test_each_fault_is_named(completion, reason):
     verdict = think_answer_format(completion, TASK)
     assert (verdict.score, verdict.status, verdict.reason) == (0.0, "wrong", reason)
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("a</think><answer>b</answer>", 1.0),
+        ("<think>a</think><answer>b</answer>", 0.0),
+        ("</think><answer>b</answer>", 0.0),
+    ],
+)
+def test_the_opening_tag_may_stand_in_the_prompt(completion, score):
+    assert resolve("format", {"think_in_prompt": True})(completion, TASK).score == score
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)

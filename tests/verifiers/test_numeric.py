@@ -207,3 +207,15 @@ def test_every_published_gsm8k_gold_scores_one():
         stated = answer.rpartition("####")[2]
         assert numeric(f"{answer} <answer>{stated}</answer>", task(answer)).status == "correct"
         assert numeric(answer, task(answer)).status == "unparsable"
+
+
+@pytest.mark.parametrize(
+    ("gold", "status", "parsed"),
+    [
+        ("42", "ok", "42"), ("so #### 1,000", "ok", "1000"), (0.5, "ok", "1/2"), ("x+1", "unparsable", None),
+        ("  ", "missing", None), (None, "missing", None), (True, "unparsable", None), ("9" * 300, "unparsable", None),
+    ],
+)  # fmt: skip
+def test_golds_are_audited(gold, status, parsed):
+    audit = numeric.prepare(Task(task_id="t", prompt="", answer=gold, metadata={}))
+    assert (audit.status, audit.parsed) == (status, parsed)

@@ -1,6 +1,11 @@
-"""The pool of real worker processes: order, deadlines, crashes, hostile plug-ins, and that nothing is left behind."""
+"""The pool of real worker processes: order, deadlines, crashes, hostile plug-ins, and that nothing is left behind.
 
+One long file, since all tests share the plug-in that misbehaves on demand.
+"""
+
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,14 +18,16 @@ from pathlib import Path
 import pytest
 
 from rollout.records import Task
-from verifiers import VerifierLookupError
+from verifiers import GoldAudit, VerifierLookupError
 from verifiers.pool import ScorePool, ScorePoolError, VerifierSpec
+from verifiers.slot import Slot
 
 TIMEOUT_S = 1.0
 REPO = Path(__file__).resolve().parents[2]
 PLUGIN = """
-import json, os, re, signal, sys, threading, time
-from verifiers import Verdict
+import json, os, re, resource, signal, subprocess, sys, threading, time
+from dataclasses import dataclass
+from verifiers import GoldAudit, Verdict
 print("imported", file=sys.stderr)
 
 class Unprintable(Exception):
@@ -50,10 +57,42 @@ def act(completion, task):
     if completion == "child": os.posix_spawn("/bin/sleep", ["sleep", "987"], {}); time.sleep(60)
     if completion == "nap": time.sleep(0.4)
     if completion == "pid": return Verdict(score=1.0, status="correct", reason=str(os.getpid()))
+    if completion == "daemon": daemon(); time.sleep(60)
+    if completion == "orphan": daemon(); os._exit(5)
+    if completion == "grow": hoard_for_good.append(bytearray(b"x" * 60_000_000))
+    if completion == "limits": return Verdict(score=1.0, status="correct", reason=str(resource.getrlimit(resource.RLIMIT_AS)))
+    if completion == "late": uninterrupted_until(time.monotonic() + 0.3)
+    if completion == "parts": return Verdict(score=1.0, status="correct", reason="", parts={str(i): 1.0 for i in range(2000)})
     if completion == "sum": return float(task.answer + sum(task.metadata["terms"]) + len(task.prompt))
     return 1.0
 
 def act_again(completion, task): return act_again(completion, task)
+
+hoard_for_good = []
+
+def daemon():  # a session of its own, and no living parent
+    child = subprocess.Popen(["sh", "-c", "setsid sleep 986 & setsid sleep 986 &"])
+    child.wait()
+
+def uninterrupted_until(end):
+    while time.monotonic() < end: pass
+
+@dataclass(frozen=True)
+class Slow:
+    seconds: float = 0.0
+    timeout_s: float = 1.5
+    def __call__(self, completion, task):
+        time.sleep(float(completion)); return True
+    def prepare(self, task):
+        if task.answer == "loop": time.sleep(60)
+        if task.answer == "exit": os._exit(3)
+        if task.answer == "none": return None
+        return GoldAudit(status="ambiguous", reason="r", parsed=str(task.answer))
+
+async def waits(completion, task):
+    import asyncio
+    await asyncio.sleep(0.01)
+    return completion == task.answer
 
 def write(fd):
     try: os.write(fd, b"\\x00\\x00\\x00\\x05hello")
@@ -77,9 +116,11 @@ def folder(tmp_path_factory):
     os.chdir(before)
 
 
-def make(folder, verifier="pool_plugin:act", **options):
+def make(folder, verifier="pool_plugin:act", spec=None, **options):
     assert Path.cwd() == folder
-    return ScorePool([VerifierSpec("v", verifier)], **{"num_workers": 1, "timeout_s": TIMEOUT_S, **options})
+    return ScorePool(
+        [VerifierSpec("v", verifier, **(spec or {}))], **{"num_workers": 1, "timeout_s": TIMEOUT_S, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -366,3 +407,189 @@ def test_workers_import_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
+
+
+def sleepers():
+    """Processes `sleep 986`, as this file starts them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes() == b"sleep\x00986\x00":
+                found.append(int(path.parent.name))
+        except OSError:
+            pass
+    return [pid for pid in found if alive(pid)]
+
+
+@pytest.mark.parametrize(("completion", "status"), [("daemon", "timeout"), ("orphan", "error")])
+def test_what_left_its_group_and_lost_its_parent_dies_too(folder, completion, status):
+    others = set(sleepers())
+    with make(folder) as pool:
+        assert pool.score([completion, "ok"], tasks(2))[0].status == status
+        assert wait_gone(set(sleepers()) - others, 2.0) == []
+
+
+def test_a_verifier_may_ask_for_more_time_than_the_pool_gives(folder):
+    with make(folder, "pool_plugin:Slow", timeout_s=0.3) as pool:
+        verdicts = pool.score(["0.6", "0", "9"], tasks(3))
+        assert [verdict.status for verdict in verdicts] == ["correct", "correct", "timeout"]
+        assert verdicts[2].reason == "no verdict within 1.5 s; the worker was killed"
+        assert 1.5 <= verdicts[2].elapsed_s < 3.0
+    with make(folder, "pool_plugin:Slow", {"options": {"timeout_s": 0.4}}, timeout_s=0.3) as pool:
+        assert pool.score(["0.9"], tasks(1))[0].status == "timeout"
+    with make(folder, "pool_plugin:Slow", {"timeout_s": 5.0}, timeout_s=0.3) as pool:
+        assert pool.score(["1.8"], tasks(1))[0].status == "correct"
+
+
+def test_a_verdict_after_the_deadline_is_a_timeout_even_if_the_parent_was_busy(folder, monkeypatch):
+    with make(folder, timeout_s=0.2) as pool:
+        receive = Slot._receive
+        monkeypatch.setattr(Slot, "_receive", lambda self, worker, seconds: receive(self, worker, seconds + 5.0))
+        (verdict,) = pool.score(["late"], tasks(1))
+    assert (verdict.status, verdict.score) == ("timeout", 0.0)
+    assert verdict.elapsed_s >= 0.3
+
+
+def test_memory_limit_is_soft_and_growth_recycles(folder):
+    with make(folder, memory_limit_mb=700, max_growth_mb=150) as pool:
+        limits = pool.score(["limits"], tasks(1))[0].reason
+        assert limits == str((700 * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        verdicts = pool.score(["grow"] * 10, tasks(10))
+        assert [verdict.status for verdict in verdicts] == ["correct"] * 10
+        health = pool.health
+    assert (health.recycles, health.restarts) == ({"memory growth": 3}, {})
+
+
+def test_health_counts_and_names_the_causes(folder):
+    with make(folder) as pool:
+        pool.score(["ok", "nap", "exit", "segv", "raise", "loop", "ok"], tasks(7))
+        health = pool.health
+    assert (health.queued, health.running) == (0, 0)
+    assert health.statuses == {"correct": 3, "wrong": 0, "unparsable": 0, "timeout": 1, "error": 3}
+    assert health.restarts == {"exit status 7": 1, "killed by SIGSEGV": 1, "timeout": 1}
+    assert [call.completion for call in health.slowest[:2]] == ["loop", "nap"]
+    assert health.slowest[0].status == "timeout"
+    assert sorted((call.elapsed_s for call in health.slowest), reverse=True) == [c.elapsed_s for c in health.slowest]
+
+
+def test_health_of_a_busy_pool_and_progress_in_the_callers_thread(folder):
+    seen, threads = [], set()
+    with make(folder) as pool:
+
+        def progress(done, total):
+            threads.add(threading.current_thread())
+            seen.append((done, total, pool.health.queued + pool.health.running))
+
+        pool.score(["nap"] * 4, tasks(4), progress)
+        assert pool.prepare([], progress) == []
+    assert threads == {threading.current_thread()}
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[-1] == (4, 4, 0)
+    assert len(seen) > 1
+    assert all(done + left <= total for done, total, left in seen)  # some may have ended between the two
+
+
+def test_only_a_few_chunks_are_pickled_ahead(folder):
+    pickled = []
+
+    class Counted:
+        prompt, answer, metadata = "q", 1, {}
+
+        def __reduce__(self):
+            pickled.append(1)
+            return int, ()
+
+    golds = tasks(2000, metadata={"x": Counted()})
+    with make(folder, timeout_s=60.0) as pool:
+
+        def score():
+            with pytest.raises(ScorePoolError, match="closed"):
+                pool.score(["loop"] * 2000, golds)
+
+        thread = threading.Thread(target=score)
+        thread.start()
+        time.sleep(0.5)
+        assert 0 < len(pickled) <= 64 * 19
+        pool.close()
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+
+
+def test_golds_are_audited_with_the_same_care(folder):
+    golds = [Task(task_id="t", prompt="", answer=answer, metadata={}) for answer in (1, "loop", "exit", "none", 2)]
+    with make(folder, "pool_plugin:Slow", {"options": {"timeout_s": 0.5}}, timeout_s=0.5) as pool:
+        audits = pool.prepare(golds)
+        assert pool.health.statuses == dict.fromkeys(["correct", "wrong", "unparsable", "timeout", "error"], 0)
+    assert audits[0] == GoldAudit(status="ambiguous", reason="r", parsed="1")
+    reasons = [audit.reason for audit in audits if audit is not None]
+    assert reasons[1] == "the verifier failed on it: no verdict within 0.5 s; the worker was killed"
+    assert reasons[2] == "the verifier failed on it: the worker died on this sample: exit status 3"
+    assert [audit and audit.status for audit in audits] == ["ambiguous", "unparsable", "unparsable", None, "ambiguous"]
+
+
+def test_async_verifiers_and_options_reach_the_workers(folder):
+    with make(folder, "pool_plugin:waits") as pool:
+        assert [v.score for v in pool.score(["1", "2"], tasks(2, answer="1"))] == [1.0, 0.0]
+    with pytest.raises(VerifierLookupError, match="no option 'second', did you mean 'seconds'"):
+        make(folder, "pool_plugin:Slow", {"options": {"second": 1}})
+    with pytest.raises(ValueError, match="options of verifier 'v' must be plain JSON"):
+        make(folder, "pool_plugin:Slow", {"options": {"seconds": {1}}})
+
+
+def test_each_task_picks_its_verifier(folder):
+    spec = VerifierSpec("v", "by_task", options={"verifiers": ["numeric", "format"]})
+    names = ["numeric", "format", "math", ""]
+    golds = [Task(task_id="t", prompt="", answer=5, verifier=name) for name in names]
+    with ScorePool([spec], num_workers=1) as pool:
+        verdicts = pool.score(["<answer>5</answer>"] * 4, golds)
+    assert [verdict.status for verdict in verdicts] == ["correct", "wrong", "error", "error"]
+
+
+def test_too_many_parts_are_refused(pool):
+    verdict = pool.score(["parts"], tasks(1))[0]
+    assert (verdict.status, verdict.reason) == ("error", "the verdict has 2001 parts, more than 1000")
+
+
+CHILD = """
+import sys
+from rollout.records import Task
+from verifiers.pool import ScorePool, VerifierSpec
+def score(answer):
+    with ScorePool([VerifierSpec("v", "numeric")], num_workers=1) as pool:
+        task = Task(task_id="t", prompt="", answer=answer, metadata={})
+        return [v.status for v in pool.score(["<answer>1</answer>", "<answer>2</answer>"], [task, task])]
+"""
+
+
+def test_pools_work_in_child_processes(tmp_path, monkeypatch):
+    (tmp_path / "pool_in_child.py").write_text(CHILD)
+    monkeypatch.syspath_prepend(tmp_path)
+    import pool_in_child
+
+    with multiprocessing.get_context("spawn").Pool(2) as processes:
+        assert processes.map(pool_in_child.score, [1, 2]) == [["correct", "wrong"], ["wrong", "correct"]]
+
+
+@pytest.mark.stack
+def test_a_pool_works_inside_a_ray_actor(tmp_path):
+    ray = pytest.importorskip("ray")
+    env = {"env_vars": {"PYTHONPATH": str(REPO)}}
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=env)
+    try:
+
+        @ray.remote(max_concurrency=2)
+        class Scorer:
+            def __init__(self):
+                self.pool = ScorePool([VerifierSpec("v", "numeric")], num_workers=1, timeout_s=5.0)
+
+            def score(self, completions, answer):
+                task = Task(task_id="t", prompt="", answer=answer, metadata={})
+                return [v.status for v in self.pool.score(completions, [task] * len(completions))]
+
+        scorer = Scorer.remote()
+        texts = [f"<answer>{i % 3}</answer>" for i in range(60)]
+        calls = [scorer.score.remote(texts, answer) for answer in (0, 1, 2, 3)]
+        for answer, statuses in enumerate(ray.get(calls)):
+            assert statuses == ["correct" if i % 3 == answer else "wrong" for i in range(60)]
+    finally:
+        ray.shutdown()

@@ -1,15 +1,18 @@
-"""Names, plug-in paths, and what a plug-in may return."""
+"""Names, options, plug-in paths, entry points, and what a plug-in may return."""
 
-from dataclasses import replace
+import importlib.metadata
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from rollout.records import Task
-from verifiers import Verdict, VerifierLookupError, known_names, register, resolve
-from verifiers.numeric import numeric
-from verifiers.registry import as_verdict
+from verifiers import GoldAudit, Verdict, VerifierLookupError, known_names, prepare, register, registry, resolve
+from verifiers.calling import as_verdict, timeout_of
+from verifiers.numeric import Numeric, numeric
 
 PLUGIN = """
 import numpy as np
@@ -21,6 +24,24 @@ async def waits(completion, task): return 1.0
 class Judge:
     def __call__(self, completion, task): return completion == task.answer
 judge = Judge()
+
+from dataclasses import dataclass
+from verifiers import GoldAudit
+
+@dataclass(frozen=True)
+class Near:
+    tolerance: float
+    unit: str = "m"
+    timeout_s = 30.0
+    def __post_init__(self):
+        if self.tolerance < 0: raise ValueError(f"tolerance is {self.tolerance}; it must not be negative")
+    def __call__(self, completion, task): return abs(float(completion) - task.answer) <= self.tolerance
+    def prepare(self, task): return GoldAudit(status="ok", reason=self.unit)
+class Anything:
+    def __init__(self, **options): self.options = options
+    def __call__(self, completion, task): return len(self.options)
+class Silent:
+    pass
 """
 
 
@@ -34,20 +55,19 @@ def plugin(tmp_path, monkeypatch):
 
 def test_built_in_names():
     assert {"numeric", "format"} <= set(known_names())
-    assert resolve("numeric") is numeric
+    assert resolve("numeric") == numeric
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("numric", "unknown verifier 'numric', did you mean 'numeric'.*known: format, numeric"),
+        ("numric", "unknown verifier 'numric', did you mean 'numeric'.*known: all_of, .*numeric"),
         ("registry_plugn:f", "importing 'registry_plugn' failed with ModuleNotFoundError"),
         ("registry_broken:f", "importing 'registry_broken' failed with ModuleNotFoundError: .*no_such_thing_at_all"),
         ("registry_quits:f", "importing 'registry_quits' failed with SystemExit: bye"),
         ("registry_plugin:by_lenght", "has no 'by_lenght', did you mean 'by_length'"),
         ("registry_plugin:constant", "is a int, not a function"),
         ("registry_plugin:needs_three", "can't be called as f.completion, task.: missing a required argument: 'c'"),
-        ("registry_plugin:waits", "is async"),
         ("registry_plugin:", "is not of the form"),
         ("a:b:c", "is not of the form"),
         ("../x:f", "is not of the form"),
@@ -105,8 +125,89 @@ def test_a_good_verdict_passes_as_it_is():
 
 
 def test_register_refuses_a_second_owner_and_bad_names():
-    assert register("numeric")(numeric) is numeric
+    assert register("numeric")(Numeric) is Numeric
     with pytest.raises(ValueError, match="registered already"):
         register("numeric")(resolve("format"))
     with pytest.raises(ValueError, match="without ':'"):
         register("a:b")
+
+
+TASK = Task(task_id="t", prompt="", answer=4, metadata={})
+
+
+def test_an_async_plugin_is_awaited():
+    assert resolve("registry_plugin:waits")("x", TASK).score == 1.0
+
+
+def test_a_class_takes_its_fields_as_options():
+    near = resolve("registry_plugin:Near", {"tolerance": 0.5})
+    assert [near(text, TASK).status for text in ("4.4", "4.6")] == ["correct", "wrong"]
+    assert (prepare(near, TASK), timeout_of(near, TASK)) == (GoldAudit(status="ok", reason="m"), 30.0)
+    assert resolve("registry_plugin:Anything", {"a": 1, "b": 2})("", TASK).score == 2.0
+    assert (prepare(resolve("registry_plugin:judge"), TASK), timeout_of(numeric, TASK)) == (None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("registry_plugin:Near", {"tolerance": 1, "unt": "m"}, "no option 'unt', did you mean 'unit'.; options: tol"),
+        ("registry_plugin:Near", {}, "needs the option 'tolerance'"),
+        ("registry_plugin:Near", {"tolerance": -1}, "'registry_plugin:Near': tolerance is -1; it must not be negative"),
+        ("registry_plugin:Near", {"tolerance": "x"}, "'registry_plugin:Near': TypeError"),
+        ("registry_plugin:by_length", {"a": 1}, "is a function and takes no options, but was given 'a'"),
+        ("registry_plugin:Silent", {}, "is a Silent, not a function"),
+        ("numeric", {"tolerance": 1}, "'numeric' has no option 'tolerance'; options: it has none"),
+        ("length", {"longst": 5}, "verifier 'length' has no option 'longst', did you mean 'longest'"),
+    ],
+)
+def test_bad_options_are_named(name, options, message):
+    with pytest.raises(VerifierLookupError, match=message):
+        resolve(name, options)
+
+
+def test_every_built_in_is_known_without_being_imported():
+    expected = "math numeric choice exact code json_schema format language length repetition by_task all_of first_of"
+    assert set(expected.split()) | {"weighted", "trl", "verl", "reasoning_gym"} <= set(known_names())
+    code = (
+        "import sys, verifiers; print(*sorted(n for n in sys.modules if n.startswith(('verifiers.', 'sympy', 'json'))))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert loaded == {"verifiers.calling", "verifiers.registry", "verifiers.task", "verifiers.verdict"}
+
+
+def test_registering_classes_and_names_that_are_taken():
+    @register("registry_test_scale")
+    @dataclass(frozen=True)
+    class Scale:
+        factor: float = 1.0
+
+        def __call__(self, completion, task):
+            return self.factor * len(completion)
+
+    assert resolve("registry_test_scale", {"factor": 0.25})("ab", TASK).score == 0.5
+    with pytest.raises(TypeError, match="must be a frozen dataclass"):
+        register("registry_test_other")(type("Loose", (), {}))
+    with pytest.raises(ValueError, match="'length' is registered already"):
+        register("length")(Scale)
+
+
+def test_entry_points_are_found_by_name(monkeypatch):
+    points = [
+        importlib.metadata.EntryPoint("by_length", "registry_plugin:by_length", registry.ENTRY_POINT_GROUP),
+        importlib.metadata.EntryPoint("gone", "no_such_module_here:f", registry.ENTRY_POINT_GROUP),
+        importlib.metadata.EntryPoint("numeric", "registry_plugin:by_length", registry.ENTRY_POINT_GROUP),
+    ]
+    asked = []
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: asked.append(group) or points)
+    registry._entry_points.cache_clear()
+    try:
+        assert resolve("numeric") == numeric
+        assert asked == []
+        assert resolve("by_length")("ab", TASK).score == 0.5
+        assert {"by_length", "gone"} <= set(known_names())
+        with pytest.raises(VerifierLookupError, match="'gone': loading its entry point 'no_such_module_here:f' failed"):
+            resolve("gone")
+        assert set(asked) == {"groupzero.verifiers"}
+    finally:
+        registry._entry_points.cache_clear()
