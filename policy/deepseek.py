@@ -337,56 +337,6 @@ class LayerOutput(NamedTuple):
     balance_loss: Tensor | None = None
 
 
-class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward with residuals; the first k layers are dense."""
-
-    def __init__(self, config: PolicyConfig, index: int):
-        super().__init__()
-        self.self_attn = MultiHeadLatentAttention(config)
-        dense = index < config.first_k_dense_replace
-        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, replay: Tensor | None, balance: bool
-    ) -> LayerOutput:
-        """Packed tokens; with `recompute`, activations inside are computed again in backward instead of kept."""
-        if self.recompute and torch.is_grad_enabled():
-            output = checkpoint(self._forward, x, cos, sin, packing, replay, balance, use_reentrant=False)
-            assert isinstance(output, LayerOutput)
-            return output
-        return self._forward(x, cos, sin, packing, replay, balance)
-
-    def _forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, replay: Tensor | None, balance: bool
-    ) -> LayerOutput:
-        attended, latent = self.self_attn(self.input_layernorm(x), cos, sin, packing)
-        x = x + attended
-        hidden, routing = self._feed_forward(x, replay)
-        if routing is None:
-            return LayerOutput(hidden, latent)
-        loss = sequence_balance_loss(routing, packing) if balance else None
-        return LayerOutput(hidden, latent, routing.experts, loss)
-
-    def _feed_forward(self, x: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        normed = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, MixtureOfExperts):
-            out, routing = self.mlp(normed, replay)
-            return x + out, routing
-        return x + self.mlp(normed), None
-
-    def decode(self, x: Tensor, step: DecodingStep, cache: LatentCache, index: int) -> tuple[Tensor, Tensor | None]:
-        """x [B * n, D] at the step's positions: the same for the next layer, and the experts' choice [B * n, K]."""
-        normed = self.input_layernorm(x)
-        latent = self.self_attn.latent(normed, step.cos, step.sin)
-        cache.write(index, step.rows, step.position_ids, latent.unflatten(0, step.position_ids.shape))
-        x = x + self.self_attn.decode(normed, step.cos, step.sin, cache.values[index, :, : step.span], step.mask)
-        x, routing = self._feed_forward(x)
-        return x, None if routing is None else routing.experts
-
-
 class DecodingStep(NamedTuple):
     """What all layers share of one decoding step: rows [B, 1], positions [B, n], angles [B * n, R/2], mask [B, n, span]."""
 
@@ -408,7 +358,63 @@ class DecodingStep(NamedTuple):
         return cls(rows, position_ids, cos, sin, mask, span)
 
 
-class MtpLayer(DecoderLayer):
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward with residuals; in the first k layers the feed-forward is dense."""
+
+    def __init__(self, config: PolicyConfig, index: int):
+        super().__init__()
+        self.self_attn = MultiHeadLatentAttention(config)
+        dense = index < config.first_k_dense_replace
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, replay: Tensor | None, balance: bool
+    ) -> LayerOutput:
+        """Packed tokens; with `recompute`, activations inside are computed again in backward instead of kept."""
+        if self.recompute and torch.is_grad_enabled():
+            output = checkpoint(self._run, x, cos, sin, packing, replay, balance, use_reentrant=False)
+            assert isinstance(output, LayerOutput)
+            return output
+        return self._run(x, cos, sin, packing, replay, balance)
+
+    def _run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, replay: Tensor | None, balance: bool
+    ) -> LayerOutput:
+        attended, latent = self.self_attn(self.input_layernorm(x), cos, sin, packing)
+        x = x + attended
+        hidden, routing = self._feed_forward(x, replay)
+        if routing is None:
+            return LayerOutput(hidden, latent)
+        loss = sequence_balance_loss(routing, packing) if balance else None
+        return LayerOutput(hidden, latent, routing.experts, loss)
+
+    def _feed_forward(self, x: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MixtureOfExperts):
+            out, routing = self.mlp(normed, replay)
+            return x + out, routing
+        return x + self.mlp(normed), None
+
+    def run_cached(self, x: Tensor, step: DecodingStep, cache: LatentCache, index: int) -> tuple[Tensor, Tensor | None]:
+        """x [B * n, D] at the step's positions: the same for the next layer, and the experts' choice [B * n, K]."""
+        normed = self.input_layernorm(x)
+        latent = self.self_attn.latent(normed, step.cos, step.sin)
+        cache.write(index, step.rows, step.position_ids, latent.unflatten(0, step.position_ids.shape))
+        x = x + self.self_attn.decode(normed, step.cos, step.sin, cache.values[index, :, : step.span], step.mask)
+        x, routing = self._feed_forward(x)
+        return x, None if routing is None else routing.experts
+
+
+class DecoderLayer(Block):
+    """One of the main model's layers."""
+
+    forward = Block.run
+
+
+class MtpLayer(Block):
     """Multi-token prediction, one depth (V3 section 2.2): from the hidden state at a token and the token after next.
 
     As in the released checkpoint, vLLM and transformers, the embedding comes first into eh_proj, and the hidden states
@@ -426,12 +432,12 @@ class MtpLayer(DecoderLayer):
         self, x: Tensor, ahead: Tensor, cos: Tensor, sin: Tensor, packing: Packing, balance: bool
     ) -> LayerOutput:
         """Hidden states [T, D] of one depth less and embeddings [T, D] of the tokens ahead."""
-        output = super().forward(self._joined(x, ahead), cos, sin, packing, None, balance)
+        output = self.run(self._joined(x, ahead), cos, sin, packing, None, balance)
         return output._replace(hidden=self.shared_head["norm"](output.hidden))
 
-    def decode(self, x: Tensor, ahead: Tensor, step: DecodingStep, cache: LatentCache, index: int) -> Tensor:
+    def look_ahead(self, x: Tensor, ahead: Tensor, step: DecodingStep, cache: LatentCache, index: int) -> Tensor:
         """The same over the cache: x and ahead [B * n, D]."""
-        x, _ = super().decode(self._joined(x, ahead), step, cache, index)
+        x, _ = self.run_cached(self._joined(x, ahead), step, cache, index)
         return self.shared_head["norm"](x)
 
     def _joined(self, x: Tensor, ahead: Tensor) -> Tensor:
@@ -484,8 +490,7 @@ class DeepseekPolicy(nn.Module):
     @property
     def main_layers(self) -> list[DecoderLayer]:
         """The decoder layers without those of multi-token prediction."""
-        layers = [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
-        return layers[: self.config.num_hidden_layers]
+        return [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
 
     @property
     def mtp_layers(self) -> list[MtpLayer]:
@@ -572,7 +577,7 @@ class DeepseekPolicy(nn.Module):
             hidden = output.hidden
             yield output
 
-    def _count(self, layer: DecoderLayer, output: LayerOutput) -> None:
+    def _count(self, layer: Block, output: LayerOutput) -> None:
         counts = self.training and torch.is_grad_enabled()
         if counts and output.experts is not None and isinstance(layer.mlp, MixtureOfExperts):
             layer.mlp.load += torch.bincount(output.experts.flatten(), minlength=layer.mlp.load.numel())
@@ -628,7 +633,7 @@ class DeepseekPolicy(nn.Module):
         step = DecodingStep.at(positions, self.config)
         x = self.model.embed_tokens(input_ids).flatten(0, 1)
         for index, layer in enumerate(self.main_layers):
-            x, chosen = layer.decode(x, step, cache, index)
+            x, chosen = layer.run_cached(x, step, cache, index)
             if experts is not None and chosen is not None:
                 experts.append(chosen)
         return self.model.norm(x).unflatten(0, input_ids.shape)
@@ -643,7 +648,7 @@ class DeepseekPolicy(nn.Module):
         step = DecodingStep.at(position_ids, self.config)
         index = self.config.num_hidden_layers + depth - 1
         ahead = self.model.embed_tokens(ahead_ids).flatten(0, 1)
-        out = self.mtp_layers[depth - 1].decode(hidden.flatten(0, 1), ahead, step, cache, index)
+        out = self.mtp_layers[depth - 1].look_ahead(hidden.flatten(0, 1), ahead, step, cache, index)
         return out.unflatten(0, position_ids.shape)
 
     def reset_parameters(self, seed: int) -> None:

@@ -71,4 +71,5 @@ def token_logprobs(
         return_balance_loss=return_balance_loss,
     )
     ahead = tuple(logprobs for logprobs, _ in output.mtp)
-    return TokenLogprobs(*output.hidden, ahead, output.balance_loss, output.routed_experts)
+    logprobs, entropy = output.hidden
+    return TokenLogprobs(logprobs, entropy, ahead, output.balance_loss, output.routed_experts)

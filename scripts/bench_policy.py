@@ -117,7 +117,7 @@ def theirs(
     """The same by transformers, with its own loss from labels."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=experts)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=experts)
     model.to(device).train()
     input_ids, position_ids, cu_seqlens = packed
     first = position_ids == 0

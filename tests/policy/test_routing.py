@@ -92,6 +92,8 @@ def test_replay_removes_the_gap_that_flipped_choices_make_in_bfloat16() -> None:
     sampled = token_logprobs(rough, *packed, return_routed_experts=True)
     free = token_logprobs(exact, *packed, return_routed_experts=True)
     replayed = token_logprobs(exact, *packed, routed_experts=sampled.routed_experts)
+    assert sampled.routed_experts is not None
+    assert free.routed_experts is not None
     flipped = (sampled.routed_experts.sort(-1).values != free.routed_experts.sort(-1).values).any(-1).any(-1)
     assert 0.02 < flipped.float().mean() < 0.9
     gap_free, gap_replayed = ((said.logprobs - sampled.logprobs).abs() for said in (free, replayed))
