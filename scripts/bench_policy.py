@@ -217,7 +217,7 @@ def compare(shape: str, arguments: argparse.Namespace) -> dict[str, Measured | s
         save_policy(model, Path(folder))
         del model
         for _ in range(arguments.rounds):
-            for name in contenders():
+            for name in arguments.contenders or contenders():
                 result = measure(name, shape, Path(folder), arguments)
                 known = best.get(name)
                 if not isinstance(known, Measured) or (isinstance(result, Measured) and result.seconds < known.seconds):
@@ -260,6 +260,7 @@ def main() -> None:
     """Compare all shapes, or be one worker."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["quickstart", "100m"])
+    parser.add_argument("--contenders", nargs="+", choices=contenders(), help="only these [all]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,6 +86,7 @@ def score_file(
     or ValueError for bad `num_workers` or `timeout_s`.
     """
     out = check_paths(path, out)
+    sys.set_int_max_str_digits(0)  # a program's expected output may be a longer number than Python reads by default
     counts: Counter[Status] = Counter()
     total = 0.0
     spec = VerifierSpec(verifier, verifier, options=options or {})

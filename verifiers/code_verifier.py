@@ -91,28 +91,39 @@ class CodeVerifier:
         except AnswerError as exc:
             return _verdict("error", f"the gold answer is unusable: {exc}")
         names = [tests.entry_point] if tests.entry_point else []
-        program = extract_program(completion, names, self.several_fences)  # type: ignore[arg-type]
+        try:
+            language = self._language(tests)
+        except LanguageError as exc:
+            return _verdict("error", str(exc))
+        program = extract_program(completion, names, self.several_fences, language)  # type: ignore[arg-type]
         if program is None:
             return _verdict("unparsable", "no program after the thinking")
         try:
-            result = self._judge(program, tests)
+            result = self._judge(program, tests, language, task.prompt)
         except (LanguageError, SandboxError, CheckerError) as exc:
             return _verdict("error", str(exc), program.source)
         return self._verdict(result, program)
 
-    def _judge(self, program: Program, tests: Tests) -> Result:
+    def _language(self, tests: Tests) -> str | None:
+        """The language that the answer or the option asks for, if any; raises `LanguageError`."""
+        from verifiers.code.languages import canonical
+
+        named = tests.language or (None if self.language == "auto" else self.language)
+        return None if named is None else canonical(named)
+
+    def _judge(self, program: Program, tests: Tests, language: str | None, prompt: object) -> Result:
         from verifiers.code import languages, modes
 
-        named = tests.language or (None if self.language == "auto" else self.language) or program.language or "python"
-        language = languages.canonical(named)
+        language = language or program.language or "python"
         tool = languages.toolchain(language, program.source)
         rules = self._rules()
         if tests.mode == "stdin":
             return modes.judge_stdin(tool, program.source, tests, rules)
         if language != "python":
             raise languages.LanguageError(f"mode {tests.mode!r} is for Python; {language} programs are run by stdin")
-        judge = modes.judge_calls if tests.mode == "call" else modes.judge_asserts
-        return judge(program.source, tests, rules)
+        if tests.mode == "call":
+            return modes.judge_calls(program.source, tests, rules)
+        return modes.judge_asserts(program.source, tests, rules, prompt)
 
     def _rules(self) -> Rules:
         from verifiers.code.modes import Rules

@@ -180,3 +180,11 @@ def test_the_output_may_be_a_link(paths, tmp_path):
     run(paths, GOOD)
     assert paths[1].is_symlink()
     assert read(tmp_path / "real.jsonl")[0]["verdict"]["status"] == "correct"
+
+
+def test_a_gold_with_more_digits_than_python_reads_by_default(tmp_path: Path) -> None:
+    answer = '{"mode": "call", "fn_name": "f", "tests": [{"args": [], "expected": 1' + "0" * 5000 + "}]}"
+    row = '{"completion": "def f():\\n    return 10 ** 5000", "answer": ' + answer + "}\n"
+    (tmp_path / "rows.jsonl").write_text(row)
+    summary = score_file(tmp_path / "rows.jsonl", "code", tmp_path / "out.jsonl", 1, 10.0)
+    assert summary.counts["correct"] == 1

@@ -233,6 +233,11 @@ HOSTILE: tuple[Hostile, ...] = (
     ),
     _call("a finalizer", "class A:\n    def __del__(s):\n        import os; os._exit(0)\ndef sq(n): A(); return 0\n"),
     _asserts("object that equals all", _ALWAYS + "def sq(n): return Always()\n"),
+    Hostile(
+        "asserts: object that equals all, where nothing else is asked",
+        _ALWAYS + "def sq(n): return Always()\n",
+        {"mode": "asserts", "entry_point": "sq", "test_code": "assert sq(3) == [9, 1]\nassert [16, 2] == sq(4)\n"},
+    ),
     _asserts(
         "list that equals all",
         "class A(list):\n    def __eq__(s, o): return True\n    def __getitem__(s, i): return s\n"

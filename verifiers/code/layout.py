@@ -28,12 +28,12 @@ _SYSTEM_FILES = (
 
 @dataclass(frozen=True)
 class Place:
-    """Host path -> path inside, symbolic links (path, target), and where Python finds packages inside and on the host."""
+    """Host path -> path inside, symbolic links (path, target), where Python finds packages inside, theirs on the host."""
 
     binds: tuple[tuple[str, str], ...]
     links: tuple[tuple[str, str], ...]
     python_path: tuple[str, ...]
-    host_python_path: tuple[str, ...]
+    packages: tuple[str, ...]
 
     def readable(self) -> list[str]:
         """The host's paths themselves, for fences that don't rename."""
@@ -57,8 +57,7 @@ def for_profile(profile: str) -> Place:
     packages = _packages()
     binds = [(path, path) for path in _outermost(paths)]
     binds += [(source, f"{_PACKAGE_ROOT}/{os.path.basename(source)}") for source in packages]
-    host_path = tuple(dict.fromkeys(os.path.dirname(source) for source in packages))
-    return Place(tuple(binds), tuple(links), (_PACKAGE_ROOT,) if packages else (), host_path)
+    return Place(tuple(binds), tuple(links), (_PACKAGE_ROOT,) if packages else (), tuple(packages))
 
 
 def _outermost(paths: list[str]) -> list[str]:

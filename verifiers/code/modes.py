@@ -13,6 +13,7 @@ from typing import Any
 from verifiers.code import wire
 from verifiers.code.answers import Tests
 from verifiers.code.compare import OutputRule, as_json, same_output, same_value
+from verifiers.code.helpers import prompt_text
 from verifiers.code.languages import ENVIRONMENT, Toolchain
 from verifiers.code.limits import Ending, Limits
 from verifiers.code.remote import as_text
@@ -300,14 +301,22 @@ def _credit_value(result: Result, number: int, test: Mapping[str, Any], answer: 
         result.fail(number, f"wrong value {_shown(value)}")
 
 
-def judge_asserts(source: str, tests: Tests, rules: Rules) -> Result:
-    """Run the test code in one sandbox and the program in another; only calls and plain values pass between them."""
+def judge_asserts(source: str, tests: Tests, rules: Rules, prompt: object = None) -> Result:
+    """Run the test code in one sandbox and the program in another; only calls and plain values pass between them.
+
+    Functions that the tests use and the task's `prompt` defines are taken from there (`verifiers.code.helpers`).
+    """
     result = Result(1)
     limits = rules.limits
     seconds = min(limits.wall_s, rules.total_timeout_s)
     limits = replace(limits, wall_s=seconds, cpu_s=seconds)
     theirs, ours = socket.socketpair()
-    job = {"test_code": tests.test_code, "entry_point": tests.entry_point, "partial": not rules.stops_at_first_failure}
+    job = {
+        "test_code": tests.test_code,
+        "entry_point": tests.entry_point,
+        "partial": not rules.stops_at_first_failure,
+        "prompt": prompt_text(prompt),
+    }
     tester_limits = replace(limits, wall_s=seconds + 1, cpu_s=seconds + 1)
     with Session(rules.choice) as program_session, Session(rules.choice) as test_session, theirs, ours:
         program_job = {"source": source, "channel": "peer"}

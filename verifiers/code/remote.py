@@ -1,19 +1,20 @@
 """Objects used across a process border: plain values travel by value, anything else stays at home and is referred to.
 
 Two sides talk over a `wire.Channel`: the program's and the tests'. What decides a test is always a plain value on the
-tests' side: a reference is never equal to anything but itself, takes part in no arithmetic and no comparison, so a
-program can't answer "equal" or "close enough" for an object of its own.
+tests' side (`references` says what a reference may be used for).
 """
 
 from __future__ import annotations
 
 import builtins
 import copy
+import operator
 import types
 from collections.abc import Callable
 from typing import Any
 
 from verifiers.code import wire
+from verifiers.code.references import ARITHMETIC, Remote, RemoteCallable
 
 # Where a name may come from that tests use and only the program imported.
 SHARED_MODULES = [
@@ -68,85 +69,6 @@ def as_text(described: Any) -> str:
         return "an exception that was badly described"
 
 
-class Remote:
-    """A reference to an object of the other side; its attributes, items and iteration are fetched when used."""
-
-    __slots__ = ("__endpoint", "__number")
-
-    def __init__(self, endpoint: Endpoint, number: int) -> None:
-        object.__setattr__(self, "_Remote__endpoint", endpoint)
-        object.__setattr__(self, "_Remote__number", number)
-
-    def __ask(self, op: str, *arguments: Any) -> Any:
-        return self.__endpoint.ask(op, self.__number, *arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        return self.__ask("get", name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__ask("set", name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self.__ask("delete", name)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.__ask("item", key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.__ask("set item", key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        self.__ask("delete item", key)
-
-    def __iter__(self) -> Any:
-        return self.__ask("iter")
-
-    def __next__(self) -> Any:
-        return self.__ask("next")
-
-    def __contains__(self, value: Any) -> bool:
-        return any(item is value or item == value for item in self)
-
-    def __len__(self) -> int:
-        return self.__ask("len")
-
-    def __bool__(self) -> bool:
-        return self.__ask("bool")
-
-    def __int__(self) -> int:
-        return self.__ask("int")
-
-    def __float__(self) -> float:
-        return self.__ask("float")
-
-    def __str__(self) -> str:
-        return self.__ask("str")
-
-    def __repr__(self) -> str:
-        return self.__ask("repr")
-
-    def __instancecheck__(self, value: Any) -> bool:
-        return isinstance(value, Remote) and bool(self.__ask("isinstance", value))
-
-    def __copy__(self) -> Any:
-        return self.__ask("copy")
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self.__ask("deepcopy")
-
-    def __reduce__(self) -> Any:
-        raise TypeError("an object of the program can't be pickled by its tests")
-
-
-class RemoteCallable(Remote):
-    """A reference to something that can be called: arguments go by value, and lists, dicts and sets come back changed."""
-
-    __slots__ = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._Remote__endpoint.call(self._Remote__number, args, kwargs)  # type: ignore[attr-defined]
-
-
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "get": getattr,
     "set": setattr,
@@ -165,7 +87,28 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "isinstance": lambda target, value: isinstance(value, target),
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
+    "hash": hash,
+    "neg": lambda target, _: -target,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
 }
+
+
+def _reflected(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda target, other: function(other, target)
+
+
+for _sign, _name in ARITHMETIC.items():
+    _function = getattr(operator, f"__{_name}__")
+    _OPERATIONS |= {_sign: _function, f"r{_sign}": _reflected(_function)}
+
+
+_OF_OBJECTS = frozenset({"set", "delete", "copy", "deepcopy", "hash", "neg", "==", "!=", "<", "<=", ">", ">="})
+_OF_OBJECTS |= {prefix + sign for sign in ARITHMETIC for prefix in ("", "r")}
 
 
 class ProgramSide:
@@ -209,8 +152,8 @@ class TestSide:
             raise TypeError(f"attribute {arguments[0]!r} of an object of the tests is private")
         if op == "get" and not self._is_own(target):
             raise TypeError(f"a {type(target).__name__} of the tests has no attributes here")
-        if op in ("set", "delete", "copy", "deepcopy") and not self._is_own(target):
-            raise TypeError(f"a {type(target).__name__} of the tests can't be changed from here")
+        if op in _OF_OBJECTS and not self._is_own(target):
+            raise TypeError(f"a {type(target).__name__} of the tests allows no {op!r} from here")
 
     def _is_own(self, target: Any) -> bool:
         return not isinstance(target, type) and type(target).__module__ == self._module_name
@@ -229,6 +172,13 @@ class Endpoint:
         self._exported: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._seen: dict[int, Any] = {}
+        self.named_classes: set[int] = set()
+        self.failure: Exception | None = None
+
+    def note_class(self, value: Any) -> None:
+        """Remember that `value`, if it is a class of the other side's, is one that this side names."""
+        if isinstance(value, RemoteCallable):
+            self.named_classes.add(value._Remote__number)  # type: ignore[attr-defined]
 
     def serve(self) -> None:
         """Answer until the other side closes the channel."""
@@ -275,38 +225,49 @@ class Endpoint:
             return {"y": value._Remote__number}  # type: ignore[attr-defined]
         if isinstance(value, types.ModuleType):
             raise wire.NotPlainError(f"module {value.__name__} can't be passed on")
+        is_class = isinstance(value, type)
+        bases = [kind.__name__ for kind in type.mro(value)] if is_class and issubclass(value, BaseException) else None
+        kind = self._number(type(value)) if isinstance(self._side, ProgramSide) else None
+        return {"h": [self._number(value), callable(value), bases, kind]}
+
+    def _number(self, value: Any) -> int:
         number = self._numbers.get(id(value))
         if number is None:
             number = self._numbers[id(value)] = len(self._exported)
             self._exported.append(value)
-        is_class = isinstance(value, type)
-        bases = [kind.__name__ for kind in type.mro(value)] if is_class and issubclass(value, BaseException) else None
-        return {"h": [number, callable(value), bases]}
+        return number
 
     def _resolve(self, data: Any) -> Any:
         if "y" in data:
             return self._exported[data["y"]]
+        if "a" in data:
+            return _array(*data["a"])
         if "h" not in data:
             raise wire.NotPlainError("malformed: unknown tag")
-        number, is_callable, bases = data["h"]
-        if type(number) is not int:
+        number, is_callable, bases, kind = data["h"]
+        if type(number) is not int or (kind is not None and type(kind) is not int):
             raise wire.NotPlainError("malformed: a reference")
         if number not in self._seen:
             if bases:
                 self._seen[number] = _mirror(bases)
             else:
-                self._seen[number] = (RemoteCallable if is_callable else Remote)(self, number)
+                self._seen[number] = (RemoteCallable if is_callable else Remote)(self, number, kind)
         return self._seen[number]
 
     def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send it and answer what is asked meanwhile; that the channel broke is remembered in `failure`."""
         self._channel.send(message)
-        while True:
-            reply = self._channel.receive()
-            if not isinstance(reply, dict):
-                raise wire.NotPlainError("malformed: not an object")
-            if "op" not in reply:
-                return reply
-            self._channel.send(self._answer(reply))
+        try:
+            while True:
+                reply = self._channel.receive()
+                if not isinstance(reply, dict):
+                    raise wire.NotPlainError("malformed: not an object")
+                if "op" not in reply:
+                    return reply
+                self._channel.send(self._answer(reply))
+        except (wire.ClosedError, wire.NotPlainError) as exc:
+            self.failure = exc
+            raise
 
     def _result(self, reply: dict[str, Any]) -> Any:
         if "raised" in reply:
@@ -371,6 +332,17 @@ def _mirror(names: list[str]) -> type[BaseException]:
     if key not in _mirrored:
         _mirrored[key] = type(own, (known,), {}) if known is not Exception else type(own, (RemoteError,), {})
     return _mirrored[key]
+
+
+def _array(dtype: str, items: list[Any]) -> Any:
+    """A numpy array, or its items where numpy is not to be had."""
+    try:
+        import numpy
+    except ImportError:
+        return items
+    if numpy.dtype(dtype).kind not in "biufcU":
+        raise wire.NotPlainError("malformed: an array")
+    return numpy.array(wire.decode(items), dtype=None if dtype.startswith("<U") else dtype)
 
 
 _mirrored: dict[tuple[str, ...], type[BaseException]] = {}

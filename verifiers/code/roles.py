@@ -6,7 +6,6 @@ import atexit
 import io
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -62,6 +61,7 @@ def _program(source: str) -> None:
     module = new_module("__main__")
     module.__dict__["__file__"] = SOURCE_NAME
     sys.setrecursionlimit(sys.getrecursionlimit() + 8)  # the frames below it
+    sys.set_int_max_str_digits(0)  # a right answer of 5,000 digits is right; the clock is the limit
     status = 0
     try:
         exec(compile(source, SOURCE_NAME, "exec", dont_inherit=True), module.__dict__)
@@ -113,27 +113,3 @@ def _command(job: dict[str, Any], private: str) -> Callable[[], None]:
             os._exit(127)
 
     return run
-
-
-def empty_directory(path: str) -> None:
-    """Delete all that is in a directory, whatever its modes; a missing one is made."""
-    os.makedirs(path, exist_ok=True)
-    for entry in os.scandir(path):
-        if not entry.is_dir(follow_symlinks=False):
-            os.unlink(entry.path)
-            continue
-        try:
-            shutil.rmtree(entry.path, onerror=_unlock)
-        except (RecursionError, OSError):  # nested deeper than Python can follow
-            os.waitpid(os.posix_spawn("/bin/rm", ["rm", "-rf", "--", entry.path], {}), 0)
-
-
-def _unlock(function: Callable[[str], Any], path: str, _: Any) -> None:
-    """Make a directory that was locked deletable, and try again."""
-    parent = os.path.dirname(path)
-    os.chmod(parent, 0o700)
-    if os.path.isdir(path) and not os.path.islink(path):
-        os.chmod(path, 0o700)
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        function(path)

@@ -11,7 +11,9 @@ import contextlib
 import functools
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -47,13 +49,20 @@ class Server:
         self.isolation: Isolation = isolation
         self.profile = profile
         self.has_work = False
-        self._directory = limits_only.make_directory() if isolation == "limits-only" else None
+        try:
+            packages = layout.for_profile(profile).packages
+            self._directory = limits_only.make_directory(packages) if isolation == "limits-only" else None
+        except OSError as exc:
+            raise SandboxError(f"the sandbox ({isolation}) has no directory to work in: {exc}; set TMPDIR") from exc
+        self._detached: int | None = None  # in limits-only, where the process that was started is not the server
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = ours
         try:
             with theirs:
                 self._process = _SPAWNER.submit(self._start, theirs).result()
             self.facts = self._handshake()
+            if isolation == "limits-only":
+                self._detached = os.pidfd_open(self.facts["pid"])
         except BaseException:
             self.close()
             raise
@@ -78,7 +87,11 @@ class Server:
         if self.isolation == "namespaces":
             setup |= {"binds": place.binds, "links": place.links}
         elif self.isolation == "limits-only":
-            setup |= {"directory": self._directory, "readable": place.readable(), "python_path": place.host_python_path}
+            setup |= {
+                "directory": self._directory,
+                "readable": place.readable(),
+                "python_path": [f"{self._directory}/packages"],
+            }
         parent_pid = 0 if self.isolation == "bubblewrap" else os.getpid()
         command += [str(parent_pid), json.dumps(setup)]
         if self.isolation == "bubblewrap":
@@ -145,20 +158,33 @@ class Server:
         """End it and everything in its sandbox. Safe to call twice."""
         self._control.close()
         process = getattr(self, "_process", None)
+        if self._detached is not None:
+            _end_detached(self._detached)
+            self._detached = None
         if process is not None and process.returncode is None:
-            if self.isolation == "limits-only":  # it has a directory to clear away
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_GRACE_S)
             process.kill()
             process.wait()
             if process.stderr is not None:
                 process.stderr.close()
         if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            limits_only.delete(self._directory)
 
     def abandon(self) -> None:
         """In a forked copy of this process: let go of it without touching what belongs to the original."""
         self._control.close()
+        if self._detached is not None:
+            os.close(self._detached)
+
+
+def _end_detached(pidfd: int) -> None:
+    """Wait until a server whose socket was closed has cleared up and ended; kill it if it doesn't."""
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        if not poller.poll(_GRACE_S * 1000):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
 
 
 _PYTHON_ENVIRONMENT = {
@@ -246,6 +272,8 @@ def available(choice: Choice) -> Isolation:
             failures.append(str(exc))
         else:
             return isolation
+    if choice == "limits-only":
+        raise SandboxError(f"programs can't be run here: {failures[0]}")
     advice = "allow user namespaces, install bubblewrap, or accept weaker isolation with sandbox = 'limits-only'"
     raise SandboxError(f"no isolation for programs: {'; '.join(failures)}; {advice}")
 
@@ -265,7 +293,9 @@ class Run:
     def wait(self) -> Ending:
         """Wait for the end of it, which the server brings about; raises `SandboxError` if the server does not."""
         if self.ending is None:
-            seconds = self.start + self.limits.wall_s + _GRACE_S - time.monotonic()
+            # Without a private /tmp, what the run left there is deleted file by file first.
+            grace_s = _GRACE_S if self.server.isolation == "namespaces" else _START_TIMEOUT_S
+            seconds = self.start + self.limits.wall_s + grace_s - time.monotonic()
             answer = self.server.answer(max(seconds, _GRACE_S))
             if answer is None:
                 raise SandboxError("the sandbox's fork server did not answer in time")

@@ -14,7 +14,7 @@ import sys
 import types
 from typing import Any
 
-from verifiers.code import remote, wire
+from verifiers.code import helpers, remote, wire
 
 _MODULE = "__main__"
 _FILE = "tests.py"
@@ -68,13 +68,20 @@ def _run(channel: wire.Channel, job: dict[str, Any], tally: dict[str, Any]) -> N
     namespace["__builtins__"] = builtins
     wanted = _wanted_names(tree, entry)
     namespace.update(_meanings(endpoint, wanted, entry))
+    namespace.update(helpers.functions(job["prompt"], wanted, entry))
     own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     if job["partial"]:
         tree = _Counted().visit(tree)
         namespace[_TALLY] = tally
         namespace["__groupzero_closed__"] = wire.ClosedError
+    if "unittest" in job["test_code"]:
+        import unittest
+
+        unittest.main = lambda *_, **__: None  # type: ignore[assignment, misc]  (its cases are run below)
     exec(compile(ast.fix_missing_locations(tree), _FILE, "exec", dont_inherit=True), namespace)
     _run_definitions(tree, namespace, own, entry)
+    if endpoint.failure is not None:  # the tests may have taken it for an exception of the program's
+        raise endpoint.failure
     if tally["passed"] < tally["total"]:
         raise AssertionError(tally["reason"] or f"{tally['passed']} of {tally['total']} asserts hold")
 
@@ -134,7 +141,8 @@ def _meanings(endpoint: remote.Endpoint, wanted: list[str], entry: str | None) -
     found: dict[str, Any] = {}
     for name in wanted:
         meaning = meanings.get(name)
-        if isinstance(meaning, dict):
+        is_module = name in remote.SHARED_MODULES and name != entry  # no class of that name stands in for a module
+        if isinstance(meaning, dict) and not (is_module and "value" in meaning):
             _add_meaning(found, name, meaning, endpoint)
         elif name in remote.SHARED_MODULES:
             found[name] = importlib.import_module(name)
@@ -145,6 +153,7 @@ def _add_meaning(found: dict[str, Any], name: str, meaning: dict[str, Any], endp
     module = meaning.get("module", meaning.get("from"))
     if "value" in meaning:
         found[name] = endpoint.decode(meaning["value"])
+        endpoint.note_class(found[name])
     elif "from" in meaning and module in remote.SHARED_MODULES:
         found[name] = getattr(importlib.import_module(module), name)
     elif isinstance(module, str) and module.partition(".")[0] in (*sys.stdlib_module_names, "numpy"):

@@ -106,6 +106,8 @@ def _encode_other(value: Any, kind: type, refer: Callable[[Any], Any] | None, de
             return _encode_scalar(value, base, tag)
     if kind.__module__ == "numpy" and hasattr(kind, "item") and getattr(value, "shape", None) == ():
         return encode(value.item(), refer, depth + 1)
+    if kind.__module__ == "numpy" and kind.__name__ == "ndarray" and value.dtype.kind in "biufcU":
+        return {"a": [value.dtype.str, encode(value.tolist(), refer, depth + 1)]}
     if refer is None:
         raise NotPlainError(f"a value of type {kind.__name__} has no plain form")
     return refer(value)
@@ -156,6 +158,8 @@ def _decode(data: Any, resolve: Callable[[Any], Any] | None) -> Any:
         return _namedtuple(body, resolve)
     if tag == "x":
         return _rebuild(body, resolve)
+    if tag == "a" and resolve is None:  # an array is the list of its items to whoever compares plain values
+        return _decode(body[1], None)
     if resolve is None:
         raise NotPlainError(f"malformed: tag {tag!r}")
     return resolve(data)

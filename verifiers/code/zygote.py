@@ -25,7 +25,6 @@ import random  # noqa: F401
 import re  # noqa: F401
 import resource
 import select
-import shutil
 import signal
 import socket
 import statistics  # noqa: F401
@@ -37,9 +36,8 @@ import typing  # noqa: F401
 from collections.abc import Callable
 from typing import Any
 
-from verifiers.code import jail, kernel, landlock, roles
+from verifiers.code import jail, kernel, landlock, limits_only, roles
 from verifiers.code.limits import Ending, Limits
-from verifiers.code.limits_only import Fence, is_full
 from verifiers.code.seccomp import Filter
 
 BOOT = """
@@ -66,12 +64,17 @@ def main(arguments: list[str]) -> Callable[[], None]:
     """Enter the sandbox and serve; returns only in a forked child, with what it is to run."""
     fd, parent_pid, setup = int(arguments[0]), int(arguments[1]), json.loads(arguments[2])
     control = socket.socket(fileno=fd)
-    if setup["kind"] != "limits-only":  # there the closed socket tells, and leaves time to clear up
+    if setup["kind"] == "limits-only":
+        limits_only.detach()
+    else:
         kernel.die_with_parent(parent_pid)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o022)
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the only signal with a handler, so the only one that reaches process 1
     try:
         server = Server(control, setup)
     except OSError as exc:
@@ -88,7 +91,7 @@ class Server:
         self._control = control
         self._kind: str = setup["kind"]
         self._private: str | None = None
-        self._fence: Fence | None = None
+        self._fence: limits_only.Fence | None = None
         self._shared_tmp = "/tmp" if self._kind == "bubblewrap" else None  # where runs have no /tmp of their own
         if self._kind == "namespaces":
             jail.enter(jail.Layout(tuple(map(tuple, setup["binds"])), tuple(map(tuple, setup["links"]))))
@@ -96,7 +99,7 @@ class Server:
             kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
             self._private = setup["directory"]
             self._shared_tmp = f"{self._private}/tmp"
-            self._fence = Fence(setup["directory"], setup["readable"])
+            self._fence = limits_only.Fence(setup["directory"], setup["readable"])
         self._is_init = os.getpid() == 1
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # programs of the same user must not read this process
         if self._kind != "limits-only" and not self._is_init:
@@ -115,6 +118,7 @@ class Server:
             "landlock": landlock.version(),
             "proc": self._has_proc,
             "uid": os.getuid(),
+            "pid": os.getpid(),
         }
 
     def _prepare_python(self, path: list[str]) -> None:
@@ -153,7 +157,7 @@ class Server:
     def _end(self) -> None:
         if self._private is not None:
             self._kill_everybody()
-            shutil.rmtree(self._private, ignore_errors=True)
+            limits_only.delete(self._private)
         os._exit(0)
 
     def _set_work(self, request: dict[str, Any]) -> None:
@@ -168,7 +172,7 @@ class Server:
             return
         work = f"{self._private or ''}/program"
         os.makedirs(work, exist_ok=True)
-        roles.empty_directory(work)
+        limits_only.empty_directory(work)
         self._has_work = request["do"] == "make work"
 
     # One run, on the server's side.
@@ -219,7 +223,9 @@ class Server:
                 killed = "cpu"
             elif num_processes > limits.num_processes + 1:  # root is above the kernel's own limit
                 killed = "processes"
-            elif self._shared_tmp is not None and is_full(self._shared_tmp, limits.num_files, limits.tmp_mb):
+            elif self._shared_tmp is not None and limits_only.is_full(
+                self._shared_tmp, limits.num_files, limits.tmp_mb
+            ):
                 killed = "files"
         wall_s = time.monotonic() - start
         os.close(pidfd)
@@ -228,9 +234,9 @@ class Server:
         _, status, usage = os.wait4(pid, 0)
         used = self._kill_everybody() + usage.ru_utime + usage.ru_stime
         if self._shared_tmp is not None:
-            roles.empty_directory(self._shared_tmp)
+            limits_only.empty_directory(self._shared_tmp)
         if self._kind == "bubblewrap" and not self._has_work:
-            roles.empty_directory("/program")
+            limits_only.empty_directory("/program")
         return Ending(
             exit_status=os.waitstatus_to_exitcode(status),
             wall_s=wall_s,
@@ -295,6 +301,7 @@ class Server:
         try:
             self._control.close()
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             if self._kind == "namespaces":
                 may_write = request["work"] == "rw"
                 jail.make_private(limits.tmp_mb, limits.num_files, self._has_work, may_write)
@@ -361,7 +368,6 @@ def _set_limits(limits: Limits, num_others: int) -> None:
         resource.RLIMIT_FSIZE: limits.file_mb * mib,
         resource.RLIMIT_NOFILE: limits.num_open_files,
         resource.RLIMIT_NPROC: limits.num_processes + num_others,
-        resource.RLIMIT_STACK: limits.stack_mb * mib,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_SIGPENDING: 64,
@@ -372,3 +378,7 @@ def _set_limits(limits: Limits, num_others: int) -> None:
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (value, value))
+    # Programs may ask for a larger stack: it counts as memory.
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = limits.stack_mb * mib
+    resource.setrlimit(resource.RLIMIT_STACK, (stack if hard == resource.RLIM_INFINITY else min(stack, hard), hard))

@@ -23,6 +23,15 @@ from verifiers.code.extract_program import MAX_PROGRAM_CHARS, extract_program
         ("````python\na = '''\n```\n'''\n````", "a = '''\n```\n'''\n", "python"),
         ("```python\ncut = 1\nprint(", "cut = 1\nprint(", "python"),
         ("```python\r\nx = 1\r\n```", "x = 1\n", "python"),
+        ("1. So:\n\n    ```python\n    if x:\n        y\n    ```\n", "if x:\n    y\n", "python"),
+        ("```python\nx\n```\nRun it:\n```bash\npython solution.py\n```", "x\n", "python"),
+        ("```bash\nread n\n```", "read n\n", "bash"),
+        ("\ufeff```python\n\ufeffx = 1\n```", "x = 1\n", "python"),
+        (
+            'def f():\n    """\n    ```\n    f()\n    ```\n    """\n',
+            'def f():\n    """\n    ```\n    f()\n    ```\n    """\n',
+            None,
+        ),
     ],
 )
 def test_the_program_of_a_completion(completion, source, language):
@@ -48,6 +57,13 @@ def test_the_last_fence_that_defines_the_function_wins():
     text = "```python\ndef f(x): return 1\n```\nand to try it:\n```python\nprint(f(3))\n```"
     assert source_of(text, ["f"]) == "def f(x): return 1\n"
     assert source_of(text, ["g"]) == "print(f(3))\n"
+
+
+def test_the_language_asked_for_comes_first():
+    text = "```cpp\nint x;\n```\nor\n```python\nx = 1\n```"
+    assert source_of(text, language="cpp") == "int x;\n"
+    assert source_of(text, language="rust") == "x = 1\n"
+    assert source_of("```\nint x;\n```\n```sh\nmake\n```", language="cpp") == "int x;\n"
 
 
 def test_several_fences_by_option():

@@ -45,7 +45,7 @@ def test_a_proof_finds_a_hole(monkeypatch):
 
     sandbox.close_all()
     place = layout.for_profile("python")
-    open_place = layout.Place((*place.binds, ("/", "/host")), place.links, place.python_path, place.host_python_path)
+    open_place = layout.Place((*place.binds, ("/", "/host")), place.links, place.python_path, place.packages)
     monkeypatch.setattr(layout, "for_profile", lambda profile: open_place)
     source = "import os\nprint(os.path.exists('/host/proc'), os.path.exists('/host/etc/passwd'))"
     try:
@@ -164,7 +164,7 @@ from verifiers.code.hostile import HONEST
 from verifiers.code.isolation import describe_isolation, prove_isolation
 from verifiers.code_verifier import CodeVerifier
 import types
-verdicts = {name: CodeVerifier()(s, types.SimpleNamespace(answer=a)).status for name, (s, a) in HONEST.items()}
+verdicts = {name: CodeVerifier()(s, types.SimpleNamespace(answer=a, prompt="")).status for name, (s, a) in HONEST.items()}
 print(json.dumps([describe_isolation().isolation, verdicts, [a.name for a in prove_isolation() if not a.held]]))
 """
 
