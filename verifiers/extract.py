@@ -152,9 +152,10 @@ def _answer_block(text: str) -> str | None:
 def _by_rules(text: str, policy: BoxPolicy) -> Stated:
     """Rules 2 to 4 of the module's list."""
     found, unclosed = _boxes(text)
-    statement = statements.last_statement(text)
+    # what is stated before the last box gives way to it
+    statement = statements.last_statement(text, found[-1].end if found else 0)
     if found:
-        if statement is not None and statement.kind == "final" and statement.start >= found[-1].end:
+        if statement is not None and statement.kind == "final":
             return Stated(statement.text, "statement", "the final answer stated after the last box")
         return _from_boxes(text, found, policy)
     if statement is not None:

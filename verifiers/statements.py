@@ -57,8 +57,8 @@ _CONCLUSION = re.compile(
 )
 _OPENING = re.compile(r"(?<=\s)(?:Therefore|Thus|Hence|So),?\s")
 _LINK = re.compile(
-    r"\b(?:is|are|was|equals|equal\s+to|becomes|gives)\b(?:\s+(?:exactly|simply|therefore|thus|then)\b)?\s*[:：]?"
-    r"|(?:至少|至多|应该)?(?:是|为|等于)|[:：](?=\s)"
+    r"\b(?:is|are|was|equals|equal\s+to|becomes|gives|comes\s+(?:out\s+)?to|amounts\s+to|totals)\b(?:\s+(?:exactly|simply|therefore|thus|then)\b)?\s*[:：]?"
+    r"|(?:至少|至多|应该)?(?:是|为|等于)|[一总]?共有|[:：](?=\s)"
 )
 _VALUE = re.compile(r"\s*(?:\*\*|__)?\s*(?:\$|\\[(\[a-zA-Z]|[-+−]?\s*(?:[$€£¥]\s*)?[0-9.(\[{√π∞])")
 _EQUATION = re.compile(r"[A-Za-z](?:_\w|_\{\w{1,8}\})?(?:\([A-Za-z]\))?\s*(?:[=<>≤≥≠∈]|\\(?:leq?|geq?|neq?|in)\b)")
@@ -83,11 +83,14 @@ class Statement:
     kind: str
 
 
-def last_statement(text: str) -> Statement | None:
-    """The last phrase of `text` that states an answer, or None; only the last `MAX_WINDOW_CHARS` are searched."""
+def last_statement(text: str, start: int = 0) -> Statement | None:
+    """The last phrase of `text` from `start` on that states an answer, or None.
+
+    Only the last `MAX_WINDOW_CHARS` are searched.
+    """
     offset = max(0, len(text) - MAX_WINDOW_CHARS)
     window = text[offset:]
-    markers = list(_MARKERS.finditer(window))[-MAX_MARKERS:]
+    markers = list(_MARKERS.finditer(window, max(0, start - offset)))[-MAX_MARKERS:]
     for marker in reversed(markers):
         kind = marker.lastgroup or "plain"
         if kind == "reverse":
@@ -207,6 +210,8 @@ def reduce_prose(sentence: str) -> str:
     links = [link for link in islice(_LINK.finditer(sentence), 32) if not _inside_formula(sentence, link.start())]
     for link in reversed(links[-4:]):
         rest = sentence[link.end() :].strip()
+        if cut := _NEGATIONS.search(rest):
+            rest = rest[: cut.start()]
         if _VALUE.match(rest) and num_words(rest) <= 4:
             return clean(rest) if len(links) == 1 or _only_one_value(sentence, link.start()) else sentence
     return _only_formula(sentence) or sentence

@@ -7,8 +7,8 @@ from numbers import Real
 from typing import Any
 
 from verifiers.mathematics.compare import read_answer
-from verifiers.mathematics.expr import MathSyntaxError
-from verifiers.mathematics.notation import MAX_CHARS, normalise
+from verifiers.mathematics.expr import MathSyntaxError, TooLargeError
+from verifiers.mathematics.notation import normalise
 from verifiers.mathematics.parser import parse
 from verifiers.mathematics.text import is_prose
 from verifiers.verdict import GoldAudit
@@ -43,6 +43,8 @@ def audit_gold(gold: Any) -> GoldAudit:
         return GoldAudit(status="missing", reason="there is no gold answer")
     try:
         answer = parse(text)
+    except TooLargeError as exc:
+        return GoldAudit(status="unparsable", reason=str(exc))
     except MathSyntaxError as exc:
         return _unread(text, str(exc))
     if _GROUPS.search(answer.text) and answer.tree.op == "num":
@@ -51,7 +53,7 @@ def audit_gold(gold: Any) -> GoldAudit:
 
 
 def _unread(text: str, reason: str) -> GoldAudit:
-    if len(text) <= MAX_CHARS and _DIGIT.search(normalise(text)):
+    if _DIGIT.search(normalise(text)):
         return GoldAudit(status="embedded_number", reason=f"{reason}; it holds a number that is not the answer")
     if is_prose(text):
         found, _ = read_answer(text)

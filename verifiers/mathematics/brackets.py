@@ -123,7 +123,10 @@ class Brackets(Cursor):
         if cells:
             rows.append(Expr("row", tuple(cells)))
         rows = [row for row in rows if row.args]
-        if name not in _MATRICES and rows and all(len(row.args) == 1 for row in rows):
+        if name not in _MATRICES:
+            rows = [_split_condition(row) for row in rows]
+        system = name == "array" and all(cell.op == "rel" for row in rows for cell in row.args)
+        if (name not in _MATRICES or system) and rows and all(len(row.args) == 1 for row in rows):
             return Expr("list", ("and", *(row.args[0] for row in rows))) if len(rows) > 1 else rows[0].args[0]
         if name not in _MATRICES:
             return Expr("cases", tuple(rows))
@@ -151,3 +154,11 @@ class Brackets(Cursor):
         self.bars -= 1
         self.expect("|")
         return Expr("fn", ("abs", value))
+
+
+def _split_condition(row: Expr) -> Expr:
+    """The row `3, n = 1` of a piecewise definition as its value and its condition."""
+    if len(row.args) != 1 or row.args[0].op != "list" or len(row.args[0].args) != 3:
+        return row
+    _, value, condition = row.args[0].args
+    return Expr("row", (value, condition)) if condition.op == "rel" and value.op != "rel" else row

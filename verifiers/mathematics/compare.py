@@ -10,6 +10,7 @@ from verifiers.mathematics.comparison import Comparison
 from verifiers.mathematics.expr import (
     Expr,
     MathSyntaxError,
+    TooLargeError,
 )
 from verifiers.mathematics.notation import MAX_CHARS, normalise
 from verifiers.mathematics.numeric import start_budget
@@ -20,6 +21,13 @@ from verifiers.mathematics.text import is_prose
 
 _SPACE = re.compile(r"\\[,;:! ](?!\d)|(?<!\d)\s+|\s+(?!\d)|\\left(?![a-z])|\\right(?![a-z])|~")
 _QUICK = re.compile(r"([+-]?)(?:(\d{1,40})|\\[dt]?frac\{(-?\d{1,40})\}\{(\d{1,40})\}|(\d{1,40})/(\d{1,40}))")
+_CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\(?([A-F])\)?\}?")
+_CHOICE_AND_TEXT = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?(?:(?=\()\(|(?=[A-F][).:]))([A-F])[).:]?\)?[\s}~\\]+(\S.*)", re.DOTALL
+)
+_OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])(?:[A-F]|or|and)(?![A-Za-z])")
+_NUMBER = re.compile(r"(?<![\w.])-?(?:\\[dt]?frac\{\d+\}\{\d+\}|\d+(?:\.\d+)?(?:/\d+)?)(?![\w.]*\d)")
+_RANGE = re.compile(r"\b(?:between|from|to|least|most|more|less|than|not|no|or|if|when|unless|except)\b", re.IGNORECASE)
 _DECIMAL_COMMA = re.compile(r"\d+,\d{1,2}")
 
 
@@ -85,16 +93,42 @@ def read_answer(text: str, *, thousands: bool = True) -> tuple[Answer | None, st
     """The parsed answer; words that are no formula are a text; else None and the reason."""
     try:
         return parse(text, thousands=thousands), ""
+    except TooLargeError as exc:
+        return None, str(exc)
     except MathSyntaxError as exc:
         reason = str(exc)
-    if len(text) <= MAX_CHARS and is_prose(text):
+    if is_prose(text):
         plain = unwrapped(normalise(text))
         return Answer(Expr("text", (plain,)), frozenset(), plain), reason
     return None, reason
 
 
+def _same_choice(gold: str, answer: str) -> bool:
+    """`(C) 12` for the choice C, where no other choice is named."""
+    letter = _CHOICE.fullmatch(gold.strip())
+    found = _CHOICE_AND_TEXT.fullmatch(answer.strip())
+    return bool(letter and found and letter[1] == found[1] and not _OTHER_CHOICE.search(found[2]))
+
+
+def _same_numbers(gold: Answer, answer: Answer, options: MathOptions) -> bool:
+    """A gold sentence with two numbers or more against a list of just these, in their order."""
+    asked = _NUMBER.findall(gold.text)
+    said = Comparison(options, gold, answer).elements(answer.tree)[1]
+    if _RANGE.search(gold.text) or len(asked) < 2 or len(asked) != len(said) or len(asked) > 20:
+        return False
+    pairs = [(read_answer(number)[0], value) for number, value in zip(asked, said, strict=True)]
+    return all(
+        one is not None and is_scalar(two) and Comparison(options, one, answer).same(one.tree, two)
+        for one, two in pairs
+    )
+
+
 def _other_readings(gold: str, answer: str, one: Answer, two: Answer, options: MathOptions) -> bool:
     """A comma that groups digits, or that is a decimal point, read the other way where the kinds say so."""
+    if _same_choice(gold, answer):
+        return True
+    if one.tree.op == "text" and two.tree.op in {"list", "tup"}:
+        return _same_numbers(one, two, options)
     lists = one.tree.op in {"list", "set", "tup"}, two.tree.op in {"list", "set", "tup"}
     if lists[0] != lists[1]:
         plain, text = (two, answer) if lists[0] else (one, gold)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from fractions import Fraction
 
 from verifiers.mathematics import relations, sets
 from verifiers.mathematics.exact import rational
 from verifiers.mathematics.expr import (
     Expr,
+    contains,
     free_symbols,
     negative,
+    split_plus_minus,
     substitute,
     sym,
     walk,
 )
+from verifiers.mathematics.forms import simplified
 from verifiers.mathematics.identity import same_expression
 from verifiers.mathematics.members import MAX_ITEMS, Members
 from verifiers.mathematics.options import MathOptions
 from verifiers.mathematics.parser import Answer
-from verifiers.mathematics.scalars import SCALARS, is_scalar, same_family, same_scalar
-from verifiers.mathematics.text import meaning, same_words
+from verifiers.mathematics.scalars import SCALARS, family_shift, is_scalar, same_family, same_scalar
+from verifiers.mathematics.text import meaning, same_words, same_yes_or_no
 
 _INTEGRATION_CONSTANTS = {"C", "c", "K", "C_1", "c_1"}
+_NUMBERED_CONSTANT = re.compile(r"[CcK]_\d")
+MAX_CONSTANTS = 4
 _PARAMETERS = {"k", "n", "m", "l", "j", "t", "N", "K", "M", "s", "p"}
 _CURVE_PARAMETERS = _PARAMETERS | {"lambda", "mu", "r", "u", "v", "alpha"}
 _STRUCTURAL = frozenset({"cases", "row", "quantified", "modulo", "prime"})
@@ -40,6 +47,8 @@ class Comparison(Members):
         gold, answer = simplified(self.gold.tree), simplified(self.answer.tree)
         if gold == answer:
             return True
+        if (verdict := same_yes_or_no(self.gold.text, self.answer.text)) is not None:
+            return verdict
         if self.same(gold, answer):
             return True
         renamed = self.renamed(gold, answer)
@@ -48,6 +57,8 @@ class Comparison(Members):
     def same(self, gold: Expr, answer: Expr) -> bool:
         if gold == answer:
             return True
+        if gold == sym("R") and answer.op in {"mathbb", "tup", "text"}:
+            gold = Expr("mathbb", ("R",))
         self.pairs += 1
         if self.pairs > 4 * MAX_ITEMS:
             return False
@@ -62,7 +73,7 @@ class Comparison(Members):
         if gold.op == "matrix" or answer.op == "matrix":
             return self.same_matrix(gold, answer)
         if "cases" in {gold.op, answer.op} and (is_scalar(gold) or is_scalar(answer)):
-            return same_expression(gold, answer)
+            return self.same_piecewise(gold, answer)
         if "modulo" in {gold.op, answer.op} and {gold.op, answer.op} <= {"modulo"} | SCALARS:
             return self.same_residue(gold, answer)
         if gold.op in _STRUCTURAL or answer.op in _STRUCTURAL:
@@ -72,6 +83,24 @@ class Comparison(Members):
         if sets.is_set_like(gold) or sets.is_set_like(answer):
             return self.same_set(gold, answer)
         return self.same_collection(gold, answer)
+
+    def same_piecewise(self, gold: Expr, answer: Expr) -> bool:
+        """A definition by cases against one expression: at its single points, and elsewhere by value."""
+        definition, other = (gold, answer) if gold.op == "cases" else (answer, gold)
+        rest = []
+        for row in definition.args:
+            condition = row.args[-1]
+            if len(row.args) == 2 and relations.is_equality(condition):
+                name, point = relations.read(condition)[:2]
+                if name is None or name.op != "sym" or point is None:
+                    return False
+                if not same_expression(row.args[0], substitute(other, {name.args[0]: point})):
+                    return False
+            else:
+                rest.append(row)
+        return same_expression(
+            *((Expr("cases", tuple(rest)), other) if definition is gold else (other, Expr("cases", tuple(rest))))
+        )
 
     def same_residue(self, gold: Expr, answer: Expr) -> bool:
         """`1 \\pmod 4` and `5 \\pmod 4`; the residue alone as it is."""
@@ -88,6 +117,11 @@ class Comparison(Members):
         if gold.op == answer.op == "text":
             return same_words(gold.args[0], answer.args[0])
         words, other = (gold, answer) if gold.op == "text" else (answer, gold)
+        if re.fullmatch(r"[A-H]{2,6}", words.args[0]) and other.op in {"list", "mul"}:  # choices
+            letters = [
+                part.args[0] if part.op in {"sym", "text"} else "" for part in other.args if isinstance(part, Expr)
+            ]
+            return sorted(words.args[0]) == sorted(letters)
         if other.op == "list" and all(part.op == "text" for part in other.args[1:]):
             joined = " ".join(part.args[0] for part in other.args[1:])
             return same_words(*((words.args[0], joined) if words is gold else (joined, words.args[0])))
@@ -135,7 +169,7 @@ class Comparison(Members):
                 and self.same(one.value, two.value)
             ):
                 return True
-            if relations.same_definition(one, two, self.same):
+            if relations.same_definition(one, two, self.same) or relations.same_sequence(one, two, self.same):
                 return True
             return self.simple_equation(gold, answer)
         if one.value is not None and two.value is not None and self.same_named(one, two):
@@ -147,6 +181,9 @@ class Comparison(Members):
         return False
 
     def simple_equation(self, gold: Expr, answer: Expr) -> bool:
+        if contains(gold, "pm") or contains(answer, "pm"):  # y = \\pm 2x is two lines
+            one, two = split_plus_minus(gold), split_plus_minus(answer)
+            return len(one) == len(two) and self.matched(list(one), list(two))
         return all(is_scalar(part) for expr in (gold, answer) for part in expr.args[1:]) and relations.same_equation(
             gold, answer
         )
@@ -234,18 +271,26 @@ class Comparison(Members):
         """The answer with its integer parameter under the gold's name."""
         left, right = self.variables(gold), self.variables(answer)
         only_gold, only_answer = left - right, right - left
+        numbered = {name for name in left if _NUMBERED_CONSTANT.fullmatch(name)}
+        if len(numbered) > 1 and len(left) == len(right) and left - numbered <= right:
+            return self.renamed_constants(gold, answer, sorted(numbered), sorted(right - (left - numbered)))
         if not only_gold and not only_answer:
             shared = (self.gold.parameters | self.answer.parameters | _PARAMETERS) & left & right
             return (answer, min(shared)) if len(shared) == 1 else None
         if len(only_gold) != 1 or len(only_answer) != 1:
             return None
         (old,), (new,) = only_answer, only_gold
-        if {old, new} <= _INTEGRATION_CONSTANTS and is_scalar(relations.read(answer).value or answer):
+        constants = _INTEGRATION_CONSTANTS | (
+            {"k", "A"} if len(left) > 1 and _INTEGRATION_CONSTANTS & {old, new} else set()
+        )
+        if {old, new} <= constants and is_scalar(relations.read(answer).value or answer):
             return substitute(answer, {old: sym(new)}), new
         one, two = relations.read(gold), relations.read(answer)
         same_name = one.name is not None and one.name == two.name
         curve = gold.op == answer.op == "tup" and len(left) == len(right) == 1
-        if (same_name or curve) and {old, new} <= _CURVE_PARAMETERS:
+        by_gold, by_answer = (self.named_values(part) if part.op == "list" else None for part in (gold, answer))
+        same_names = by_gold is not None and by_answer is not None and set(by_gold) == set(by_answer)
+        if (same_name or same_names or curve) and {old, new} <= _CURVE_PARAMETERS:
             return substitute(answer, {old: sym(new)}), new
         declared = old in self.answer.parameters or new in self.gold.parameters
         periodic = (
@@ -255,6 +300,16 @@ class Comparison(Members):
             return None
         return substitute(answer, {old: sym(new)}), new
 
+    def renamed_constants(self, gold: Expr, answer: Expr, old: list[str], new: list[str]) -> tuple[Expr, str] | None:
+        """The answer with its arbitrary constants (C_1, C_2, or A, B) under the gold's names, in the order that fits."""
+        if len(old) > MAX_CONSTANTS or not set(new) <= {"A", "B", "C", "D", *old}:
+            return None
+        for order in itertools.permutations(old):
+            other = substitute(answer, {name: sym(to) for name, to in zip(new, order, strict=True)})
+            if self.same(gold, other):
+                return other, old[0]
+        return None
+
     def variables(self, expr: Expr) -> set[str]:
         """The free variables of the values, without the names that they are given."""
         return set(free_symbols(*self.elements(relations.read(expr).value or expr)[1]))
@@ -263,44 +318,19 @@ class Comparison(Members):
         """Every value of one side is a family of the other: shifted by whole periods."""
         if parameter not in self.gold.parameters | self.answer.parameters and not contains_period(gold, parameter):
             return False
+        if gold.op == answer.op == "tup":  # an interval moves as a whole
+            shifts = [
+                family_shift(one, two, parameter) for one, two in zip(gold.args[2:], answer.args[2:], strict=False)
+            ]
+            return (
+                gold.args[:2] == answer.args[:2] and len(shifts) == 2 and None not in shifts and shifts[0] == shifts[1]
+            )
         left, right = self.elements(gold)[1], self.elements(answer)[1]
         if not left or len(left) != len(right) or not all(is_scalar(item) for item in (*left, *right)):
             return False
         return self.matched(
             left, right, lambda one, two: same_scalar(one, two, self.options) or same_family(one, two, parameter)
         )
-
-
-def simplified(expr: Expr) -> Expr:
-    """Set-builders over the integers written out, and a number times a matrix multiplied."""
-    if expr.op == "builder":
-        expr = _family(expr)
-        return sets.integers(expr) or expr
-    if expr.op == "mul" and sum(part.op == "matrix" for part in expr.args) == 1:
-        matrix = next(part for part in expr.args if part.op == "matrix")
-        scale = tuple(part for part in expr.args if part.op != "matrix")
-        rows = (Expr("row", tuple(Expr("mul", (*scale, cell)) for cell in row.args)) for row in matrix.args)
-        return Expr("matrix", tuple(rows))
-    return expr
-
-
-def _family(expr: Expr) -> Expr:
-    """`\\{2k \\mid k \\in \\mathbb{Z}\\}` and `\\{x \\mid x = 2k, k \\in \\mathbb{Z}\\}` as the family 2k."""
-    if expr.op != "builder":
-        return expr
-    variable, condition = expr.args
-    conditions = condition.args[1:] if condition.op == "list" else (condition,)
-    domains = [
-        part for part in conditions if part.op == "rel" and part.args[0] == ("in",) and part.args[2].op == "mathbb"
-    ]
-    rest = [part for part in conditions if part not in domains]
-    if len(domains) != 1 or domains[0].args[2].args[0] != "Z" or domains[0].args[1] == variable:
-        return expr
-    if not rest:
-        return variable
-    if len(rest) == 1 and rest[0].op == "rel" and rest[0].args[:2] == (("=",), variable):
-        return rest[0].args[2]
-    return expr
 
 
 def _seconds(clock: Expr) -> set[Fraction]:

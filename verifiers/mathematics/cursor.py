@@ -13,7 +13,7 @@ from verifiers.mathematics.expr import (
 )
 from verifiers.mathematics.tokens import Token
 
-MAX_DEPTH = 50
+MAX_DEPTH = 100  # a bracket counts twice: as an expression and as a primary
 END = Token("end", "", False)
 
 

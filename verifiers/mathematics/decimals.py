@@ -67,6 +67,8 @@ def agrees_by_digits(gold: Expr, answer: Expr, options: MathOptions) -> bool:
         return _rounds_to(answer, value, places)
     if answer_literal is None or not options.rounded_digits or _is_finite_decimal(gold):
         return False
+    if answer.op == "deg" and gold.op != "deg":
+        gold = Expr("mul", (gold, num(180), Expr("inv", (const("pi"),))))
     value, places = answer_literal
     if significant_digits(value, places) < options.rounded_digits:
         return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -12,6 +14,7 @@ MAX_BITS = 40_000
 MAX_FACTORIAL = 3_000
 MAX_FOLD_TERMS = 1_000
 MAX_RESIDUE_FACTORIAL = 50_000
+MAX_DEGREE = 10**9
 _PRIMES = (2305843009213693951, 2305843009213693921, 2305843009213693907)
 
 
@@ -179,32 +182,48 @@ _RULES = {
 }
 
 
-def same_residues(left: Expr, right: Expr) -> bool | None:
-    """Whether two rational constants too large to write out agree modulo three large primes; None: not computable."""
+_NO_VARIABLES: dict[str, int] = {}
+
+
+def same_residues(left: Expr, right: Expr, names: Sequence[str] = ()) -> bool | None:
+    """Whether two rational constants or functions agree modulo three large primes; None: not computable.
+
+    Functions are probed at random residues of their variables: two that differ, of degree d, agree at one point with a
+    probability below d / 2^61 (Schwartz-Zippel), whatever the size of their values.
+    """
+    draw = random.Random(61)
     try:
-        return all(_residue(left, prime) == _residue(right, prime) for prime in _PRIMES)
+        for prime in _PRIMES:
+            point = {name: draw.randrange(2, prime) for name in names}
+            if _residue(left, prime, point) != _residue(right, prime, point):
+                return False
     except (NotRationalError, ValueError):
         return None
+    return True
 
 
-def _residue(expr: Expr, prime: int) -> int:
+def _residue(expr: Expr, prime: int, point: Mapping[str, int] = _NO_VARIABLES) -> int:
     op, args = expr
+    if op == "sym" and args[0] in point:
+        return point[args[0]]
     if op == "num":
         return args[0].numerator * pow(args[0].denominator, -1, prime) % prime
     if op == "add":
-        return sum(_residue(part, prime) for part in args) % prime
+        return sum(_residue(part, prime, point) for part in args) % prime
     if op == "mul":
         product = 1
         for part in args:
-            product = product * _residue(part, prime) % prime
+            product = product * _residue(part, prime, point) % prime
         return product
     if op == "inv":
-        return pow(_residue(args[0], prime), -1, prime)
+        return pow(_residue(args[0], prime, point), -1, prime)
     if op == "pow":
         exponent = rational(args[1])
         if exponent is None or exponent.denominator != 1:
             raise NotRationalError("no integer power")
-        return pow(_residue(args[0], prime), int(exponent), prime)
+        if point and abs(exponent) > MAX_DEGREE:
+            raise NotRationalError("too large a degree")
+        return pow(_residue(args[0], prime, point), int(exponent), prime)
     if op == "fact":
         count = rational(args[0])
         if count is None or count.denominator != 1 or not 0 <= count <= MAX_RESIDUE_FACTORIAL:

@@ -14,7 +14,7 @@ from verifiers.mathematics.expr import (
     sym,
 )
 from verifiers.mathematics.tokens import NumberToken, Token
-from verifiers.mathematics.words import NUMBER_WORDS
+from verifiers.mathematics.words import FRACTION_WORDS, NUMBER_WORDS
 
 _FUNCTION_LETTERS = frozenset({"f", "g", "h", "F", "G", "H", "Phi", "phi", "psi", "Psi", "mho"})
 _DROPPED = {
@@ -46,7 +46,7 @@ _BRACKETS = {
 }
 STARTING_COMMANDS = (
     FRACTIONS | _BINOMIALS | _WRAPPERS | _MARKS | _DROPPED | set(_BRACKETS) - {"vert", "Vert"}
-    | {"sqrt", "surd", "sum", "prod", "langle", "emptyset", "varnothing", "mathbb:R"}
+    | {"sqrt", "surd", "complement", "sum", "prod", "langle", "emptyset", "varnothing", "mathbb:R"}
 )  # fmt: skip
 
 
@@ -54,13 +54,18 @@ class Functions(Brackets):
     """The rules that start at a letter or a command."""
 
     def number_word(self, value: int) -> Expr:
-        """A number in words, tens and units together: "forty-two"."""
+        """A number in words: "forty-two", "two thirds"."""
         ahead = 1 if self.at("-") else 0
         after = self.peek(ahead)
         unit = NUMBER_WORDS.get(after.value.lower(), 0) if after.kind == "text" else 0
         if value >= 20 and value % 10 == 0 and 1 <= unit <= 9:
             self.position += ahead + 1
             value += unit
+        ahead = 1 if self.at("-") else 0
+        after = self.peek(ahead)
+        if after.kind == "text" and (parts := FRACTION_WORDS.get(after.value.lower())):
+            self.position += ahead + 1
+            return num(Fraction(value, parts))
         return num(value)
 
     def named(self, name: str) -> Expr:
@@ -171,6 +176,9 @@ class Functions(Brackets):
             return self.number_set(name.partition(":")[2])
         if name in {"ldots", "cdots", "dots", "dotsb", "dotsc", "vdots", "ddots"}:
             return sym("…")
+        if name == "complement":  # \complement_U A
+            within = self.subscript() if self.at("_") and self.next() else ""
+            return sym(f"∁{within}{plain(self.next())}")
         if name == "square":
             return sym("□")
         self.position -= 1

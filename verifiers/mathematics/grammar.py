@@ -20,7 +20,7 @@ from verifiers.mathematics.expr import (
     sym,
 )
 from verifiers.mathematics.functions import FRACTIONS, STARTING_COMMANDS, Functions
-from verifiers.mathematics.tokens import NumberToken
+from verifiers.mathematics.tokens import NumberToken, shown
 from verifiers.mathematics.units import is_unit
 from verifiers.mathematics.words import NUMBER_WORDS, SCALES
 
@@ -44,11 +44,14 @@ class Grammar(Functions):
 
     def expression(self) -> Expr:
         """A sum of terms, with set operations around it."""
+        depth = self.depth
         self.descend()
         value = self.sum()
         while self.peek().kind == "cmd" and (operation := _SET_OPERATIONS.get(self.peek().value)):
             self.next()
             right = self.sum()
+            if value.op != operation:
+                self.descend()
             value = (
                 Expr(operation, (*value.args, right))
                 if value.op == operation != "diff"
@@ -58,7 +61,7 @@ class Grammar(Functions):
             binomial = self.next().value == "choose"
             below = self.sum()
             value = Expr("fn", ("binom", value, below)) if binomial else Expr("mul", (value, Expr("inv", (below,))))
-        self.depth -= 1
+        self.depth = depth
         return value
 
     def sum(self) -> Expr:
@@ -90,7 +93,10 @@ class Grammar(Functions):
         sign = self.sign()
         if self.peek().kind == "cmd" and self.peek().value in {"pm", "mp"}:
             upper = 1 if self.next().value == "pm" else -1
-            return Expr("pm", (ZERO, self.term(), upper * sign))
+            self.descend()
+            value = self.term()
+            self.depth -= 1
+            return Expr("pm", (ZERO, value, upper * sign))
         factors = [self.factor()]
         ratio: list[Expr] = []
         while True:
@@ -245,7 +251,8 @@ class Grammar(Functions):
             self.fail("this subscript is not understood")
         radix = NUMBER_WORDS.get(base.args[0], 0) if base.op == "text" else int(base.args[0])
         whole, _, fraction = digits.digits.partition(".")
-        if not 2 <= radix <= 36 or any(int(digit) >= radix for digit in whole + fraction):
+        known = (whole + fraction).isdecimal() and 2 <= radix <= 36
+        if not known or any(int(digit) >= radix for digit in whole + fraction):
             self.fail("these are no digits of that base")
         exact = Fraction(int(whole + fraction, radix), radix ** len(fraction))
         sign = -1 if value.args[0] < 0 else 1
@@ -268,7 +275,7 @@ class Grammar(Functions):
         if self.peek().kind == "text" and self.peek().value in {"th", "st", "nd", "rd", "o", "T"}:
             return base if self.next().value not in {"o", "T"} else Expr("deg", (base,))
         exponent = self.script()
-        if exponent == Expr("deg", (ONE,)):
+        if exponent == Expr("deg", (ONE,)) or (exponent == sym("o") and base.op == "num"):
             return Expr("deg", (base,))
         if exponent.op == "text" and exponent.args[0] in {"th", "st", "nd", "rd"}:
             return base
@@ -318,6 +325,13 @@ class Grammar(Functions):
         return letter(word, self.bound) if self.is_letter_text(word) or word == "a" else Expr("text", (word,))
 
     def primary(self) -> Expr:
+        """One operand; every way to nest operands passes here, so that their depth is counted here."""
+        self.descend()
+        value = self.operand()
+        self.depth -= 1
+        return value
+
+    def operand(self) -> Expr:
         token = self.next()
         kind, value = token.kind, token.value
         if kind == "num":
@@ -351,7 +365,7 @@ class Grammar(Functions):
         if kind == "text" and (self.is_letter_text(value) or value == "a"):
             return self.named(value)
         self.position -= 1
-        return self.fail(f"{value!r} can't start a value" if kind != "end" else "a value is missing")
+        return self.fail(f"{shown(token)!r} can't start a value" if kind != "end" else "a value is missing")
 
 
 def _proper_fraction(value: Expr) -> Fraction | None:

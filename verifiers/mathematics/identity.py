@@ -20,6 +20,9 @@ PROBE_DIGITS = 50
 MAX_SYMBOLS = 24
 MAX_NODES = 3_000
 NEEDED_POINTS = 4
+MODERATE_DIGITS = 10
+MAX_EXCESS_DIGITS = 2_000
+MAX_EXCESS_WORK = 20_000  # digits times nodes
 MAX_POINTS = 24
 _BRANCHING = ("fn", "root", "fact")
 IMAGINARY = Expr("const", ("i",))
@@ -72,6 +75,13 @@ def _agree_numerically(gold: Expr, answer: Expr, log_ten: bool) -> bool:
     left, right = constant_value(gold, log_ten), constant_value(answer, log_ten)
     if left is None or right is None:
         return left is None and right is None and canonical(gold) == canonical(answer)
+    if (excess := excess_digits(left)) and close(left, right, CONSTANT_DIGITS - 15):
+        # what is added to a huge value must not be lost in it
+        if excess > MAX_EXCESS_DIGITS or excess * (_size(gold) + _size(answer)) > MAX_EXCESS_WORK:
+            return same_residues(gold, answer) or canonical(gold) == canonical(answer)
+        digits = CONSTANT_DIGITS + excess
+        left, right = (constant_value(expr, log_ten, digits) for expr in (gold, answer))
+        return left is not None and right is not None and close(left, right, digits - 15)
     if not close(left, right, CONSTANT_DIGITS - 15):
         return _both_zero(gold, answer, log_ten)
     return same_residues(gold, answer) is not False
@@ -93,6 +103,15 @@ def constant_value(expr: Expr, log_ten: bool = False, digits: int = CONSTANT_DIG
         return Evaluator({}, digits, log_ten=log_ten)(expr)
     except (OutOfDomainError, TooBigError):
         return None
+
+
+def excess_digits(value: Any) -> int:
+    """How many digits a finite value has before its point beyond `MODERATE_DIGITS`; 0 for those of moderate size."""
+    mp = context()
+    if not mp.isfinite(value) or value == 0:
+        return 0
+    digits = int(mp.mag(value) * 0.302)
+    return digits if digits > MODERATE_DIGITS else 0
 
 
 def close(left: Any, right: Any, digits: int) -> bool:
@@ -130,6 +149,9 @@ def _points(count: int) -> tuple[tuple[Fraction, ...], ...]:
 
 def _same_function(gold: Expr, answer: Expr, names: list[str], log_ten: bool) -> bool:
     """Agreement on the common real domain; where that is empty (or i occurs), at the points as complex numbers."""
+    exact = same_residues(gold, answer, names)
+    if exact is not None:
+        return exact
     imaginary = any(node == IMAGINARY for expr in (gold, answer) for node in walk(expr))
     for real in (False,) if imaginary else (True, False):
         verdict = _agree_at_points(gold, answer, names, log_ten, real)
@@ -146,16 +168,27 @@ def _agree_at_points(gold: Expr, answer: Expr, names: list[str], log_ten: bool, 
     for point in _points(len(names)):
         mp.dps = PROBE_DIGITS
         env = {name: mp.mpf(value.numerator) / value.denominator for name, value in zip(names, point, strict=True)}
+        digits = PROBE_DIGITS
         try:
-            left = Evaluator(env, PROBE_DIGITS, log_ten=log_ten, real=real)(gold)
-            right = Evaluator(env, PROBE_DIGITS, log_ten=log_ten, real=real)(answer)
+            left = Evaluator(env, digits, log_ten=log_ten, real=real)(gold)
+            right = Evaluator(env, digits, log_ten=log_ten, real=real)(answer)
+            if (excess := excess_digits(left)) and close(left, right, digits - 15):
+                if excess > MAX_EXCESS_DIGITS or excess * (_size(gold) + _size(answer)) > MAX_EXCESS_WORK:
+                    continue
+                digits += excess
+                mp.dps = digits
+                env = {
+                    name: mp.mpf(value.numerator) / value.denominator for name, value in zip(names, point, strict=True)
+                }
+                left = Evaluator(env, digits, log_ten=log_ten, real=real)(gold)
+                right = Evaluator(env, digits, log_ten=log_ten, real=real)(answer)
         except OutOfDomainError:
             continue
         except TooBigError:
             return canonical(gold) == canonical(answer)
         if not (mp.isfinite(left) and mp.isfinite(right)):
             continue
-        if not close(left, right, PROBE_DIGITS - 15) and max(abs(left), abs(right)) >= mp.mpf(10) ** (5 - PROBE_DIGITS):
+        if not close(left, right, digits - 15) and max(abs(left), abs(right)) >= mp.mpf(10) ** (5 - PROBE_DIGITS):
             return False
         agreed += 1
         if agreed >= needed:

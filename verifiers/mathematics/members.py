@@ -97,9 +97,15 @@ class Members:
         if by_gold and by_answer and len(by_gold) > 1 and not (self.are_roots(by_gold) and self.are_roots(by_answer)):
             if set(by_gold) == set(by_answer):
                 return all(self.same(value, by_answer[name]) for name, value in by_gold.items())
-            if all(name.op != "text" for name in (*by_gold, *by_answer)):
+            if all(name.op != "text" for name in (*by_gold, *by_answer)) and not (
+                self.has_equation(gold) or self.has_equation(answer)
+            ):
                 return False
-        if self.all_equations(gold) and self.all_equations(answer):
+        if (
+            self.all_equations(gold)
+            and self.all_equations(answer)
+            and (self.has_equation(gold) or self.has_equation(answer))
+        ):
             return self.matched(list(gold.args[1:]), list(answer.args[1:]))
         one, two = self.elements(gold)[1], self.elements(answer)[1]
         if (
@@ -124,10 +130,11 @@ class Members:
         )
 
     def all_equations(self, expr: Expr) -> bool:
-        return expr.op == "list" and all(
-            relations.is_equality(part) and relations.read(part) == relations.Reading(None, None)
-            for part in expr.args[1:]
-        )
+        return expr.op == "list" and all(relations.is_equality(part) for part in expr.args[1:])
+
+    def has_equation(self, expr: Expr) -> bool:
+        """Whether a member is an equation that gives no value to a name."""
+        return any(relations.read(part) == relations.Reading(None, None) for part in expr.args[1:])
 
     def has_own_names(self, values: dict[Expr, Expr] | None) -> bool:
         """Whether the members are variables of their own (x, y), so that a bare list must keep their order."""

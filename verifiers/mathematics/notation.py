@@ -77,6 +77,9 @@ _SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _SUBSCRIPT_RUN = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _CHINESE_PERCENT = re.compile(r"百分之([\d.]+|[零一二三四五六七八九十])")
 _CIRCLED_RUN = re.compile(r"[①-⑳](?:[\s,，、和与]*[①-⑳])*")
+_ORDINAL = re.compile(r"(\d)(?:st|nd|rd|th)(?![a-zA-Z])")
+_SPACES = re.compile(r"\s{2,}")  # a long run makes patterns with several \s* slow
+_CHOOSE = re.compile(r"(?:\{\s*\})?[_^]\{?(\d{1,4})\}?\s*C_\{?(\d{1,4})\}?")
 _HTML_SCRIPT = re.compile(r"<(sup|sub)>(.{0,80}?)</\1>")
 _HTML_ENTITY = {"&lt;": "<", "&gt;": ">", "&le;": r"\le ", "&ge;": r"\ge ", "&amp;": "&", "&nbsp;": " "}
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z{}])")
@@ -117,6 +120,7 @@ def normalise(text: str) -> str:
     """`text` with its notation spelled in ASCII and LaTeX; raises `TooLargeError` beyond `MAX_CHARS`."""
     if len(text) > MAX_CHARS:
         raise TooLargeError(f"{len(text)} characters is too long for an answer (at most {MAX_CHARS})")
+    text = _SPACES.sub(" ", text)
     if "<su" in text:
         text = _HTML_SCRIPT.sub(lambda m: f"{'^' if m[1] == 'sup' else '_'}{{{m[2]}}}", text)
     if "&" in text:
@@ -129,6 +133,9 @@ def normalise(text: str) -> str:
             text = _BRACE.sub(lambda match: "\\{" if match[1] == "l" else "\\}", text)
         if "quad" in text:
             text = _GLUED_SPACE.sub(r"\\\1 ", text)
+    if "C" in text and "_" in text:
+        text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
+    text = _ORDINAL.sub(r"\1", text)
     if not text.isascii():
         text = _CHINESE_PERCENT.sub(r"\1\%", text)
         text = _CIRCLED_RUN.sub(_spelled, text)

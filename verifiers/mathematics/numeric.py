@@ -226,7 +226,7 @@ class Evaluator:
             if len(row.args) != 2:
                 raise OutOfDomainError("a row without a condition")
             value, condition = row.args
-            if condition.op == "text" or self.holds(condition):
+            if (condition.op == "text" and condition.args[0] in {"otherwise", "else"}) or self.holds(condition):
                 return self.evaluate(value)
         raise OutOfDomainError("no row holds here")
 

@@ -15,9 +15,16 @@ _TIME = re.compile(
     r"(?:\\text\{\s*)?(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:\\text\{)?\s*(?:([ap])\.?\s?m\.?)?\s*\}?",
     re.IGNORECASE,
 )
-_HEX = re.compile(r"([0-9A-Fa-f]*[A-Fa-f][0-9A-Fa-f]*)_\{?(1[1-6])\}?")
+_HEX = re.compile(r"(?:\\text\{|\\mathrm\{)?([0-9A-Fa-f]*[A-Fa-f][0-9A-Fa-f]*)\}?_\{?(1[1-6])\}?")
 _WRAPPING = re.compile(r"\\boxed\s*\{|\\text\s*\{|\\mathrm\s*\{|\\textbf\s*\{|\{")
 _SENTENCE = re.compile(r"(?!.*\b(?:and|or)\b)[A-Za-z'’-]+(?: [A-Za-z'’-]+){2,}|[A-Za-z'’-]+(?: [A-Za-z'’-]+){4,}")
+# "all integers n >= 3", "all real numbers x such that x > 0": the condition is the answer.
+_SUCH_THAT = re.compile(
+    r"(?:\\text\s*\{)?\s*(?:all|any|every)\s+(?:the\s+)?(?:(?:positive|natural|real|whole|non-?negative)\s+)?"
+    r"(?:integers?|numbers?|reals|values\s+of)[\s}$]*(?:[a-zA-Z][\s$]*(?:such\s+that|with|satisfying)[\s$]*)?"
+    r"(?=(?:[a-zA-Z]|-?\d+)\s*(?:[<>=≤≥≠]|\\(?:leq?|geq?|neq?|in)(?![a-z])|\\(?:leq|geq)slant))",
+    re.IGNORECASE,
+)
 _DISPLAY = re.compile(r"\\(?:begin|end)\{(?:aligned|align\*?|equation\*?|gathered|split|center|math|displaymath)\}")
 
 
@@ -85,7 +92,7 @@ def _parse(text: str, thousands: bool) -> Answer:
     text = unwrapped(normalise(text))
     if _DISPLAY.search(text):
         text = _DISPLAY.sub(" ", text).replace("&", " ")
-    text = _outward_brackets(text)
+    text = _outward_brackets(_SUCH_THAT.sub("", text))
     if (match := _TIME.fullmatch(text)) and (match[2] or match[4]):
         return Answer(_clock(match), frozenset(), text)
     if match := _HEX.fullmatch(text):

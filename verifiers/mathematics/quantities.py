@@ -31,6 +31,7 @@ _CLAIMS = frozenset(
     ]
 )
 STOP_WORDS = word_set(
+    "otherwise else "
     "for where when if with as such that because since given from to at by on 当 其中 时 且 为 则 each respectively"
 )
 SEPARATOR_WORDS = {
@@ -150,7 +151,9 @@ class Quantities(Grammar):
             return value
         start = self.position
         self.position += ahead
+        self.descend()
         rest = self.quantity()
+        self.depth -= 1
         smaller = parse_unit(rest.args[1]) if rest.op == "qty" else None
         if smaller is None or smaller.dimensions != unit.dimensions or smaller.factor >= unit.factor:
             self.position = start

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from verifiers.mathematics.expr import ONE, ZERO, Expr, free_symbols, negative, num, substitute, sym
+from verifiers.mathematics.expr import ONE, ZERO, Expr, contains, free_symbols, negative, num, substitute, sym
 from verifiers.mathematics.identity import _points as points
-from verifiers.mathematics.identity import close, same_expression
+from verifiers.mathematics.identity import close, excess_digits, same_expression
 from verifiers.mathematics.numeric import Evaluator, OutOfDomainError, TooBigError, context
 
 Same = Callable[[Expr, Expr], bool]
@@ -49,6 +49,9 @@ def read(expr: Expr) -> Reading:
     if len(members) == 2 and _is_name(members[1]) and not free_symbols(members[0]):
         return Reading(members[1], members[0])
     if all(not free_symbols(member) for member in members):
+        if members[-1].op == "qty" and all(member.op != "qty" for member in members[:-1]):  # 9 * 5 = 45 cm
+            true = all(same_expression(members[-1].args[0], member) for member in members[:-1])
+            return Reading(None, members[-1] if true else None, not true)
         true = all(same_expression(members[0], member) for member in members[1:])
         return Reading(None, members[-1] if true else None, not true)
     if all(same_expression(members[0], member) for member in members[1:]):
@@ -62,7 +65,7 @@ def _is_name(expr: Expr) -> bool:
         return expr != sym("…")
     if expr.op == "call":
         return all(part.op in {"sym", "num", "const"} for part in expr.args[1:])
-    if expr.op in {"tup", "ratio", "set"}:
+    if expr.op in {"tup", "ratio", "set", "inter", "union"}:
         return all(_is_name(part) for part in expr.args if isinstance(part, Expr))
     if expr.op == "mul" and expr.args[0] in {sym("Delta"), sym("d")}:
         return len(expr.args) == 2 and expr.args[1].op == "sym"
@@ -87,9 +90,20 @@ def same_definition(gold: Reading, answer: Reading, same: Same) -> bool:
     return same(substitute(gold.value, fresh), substitute(answer.value, other))
 
 
+def same_sequence(gold: Reading, answer: Reading, same: Same) -> bool:
+    """`a_n = 1/n` and `a_k = 1/k`: equal after the index is renamed."""
+    one, two = gold.name, answer.name
+    if one is None or two is None or gold.value is None or answer.value is None or one.op != "sym" or two.op != "sym":
+        return False
+    (letter, _, index), (other, _, renamed) = one.args[0].partition("_"), two.args[0].partition("_")
+    if letter != other or not (len(index) == len(renamed) == 1 and (index + renamed).isalpha()):
+        return False
+    return same(gold.value, substitute(answer.value, {renamed: sym(index)}))
+
+
 def difference(expr: Expr) -> Expr | None:
     """Left minus right of an equation of two members."""
-    if expr.op != "rel" or len(expr.args) != 3:
+    if expr.op != "rel" or len(expr.args) != 3 or contains(expr, "cases"):
         return None
     return Expr("add", (expr.args[1], negative(expr.args[2])))
 
@@ -116,7 +130,7 @@ def _value(expr: Expr, names: list[str], point: tuple[Any, ...]) -> Any:
         value = Evaluator(env, _DIGITS)(expr)
     except (OutOfDomainError, TooBigError):
         return None
-    return value if mp.isfinite(value) else None
+    return value if mp.isfinite(value) and not excess_digits(value) else None  # a term may be lost in a huge value
 
 
 def _proportional(one: Expr, two: Expr, names: list[str]) -> int | None:

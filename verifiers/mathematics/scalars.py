@@ -137,22 +137,28 @@ def _same_degrees(gold: Expr, answer: Expr, options: MathOptions) -> bool:
 
 def same_family(gold: Expr, answer: Expr, parameter: str) -> bool:
     """Whether two values linear in an integer parameter run over the same numbers: `-\\pi/6+2k\\pi`, `11\\pi/6+2k\\pi`."""
+    return family_shift(gold, answer, parameter) is not None
+
+
+def family_shift(gold: Expr, answer: Expr, parameter: str) -> int | None:
+    """By how many steps two families with the same step differ, or None if they are not the same numbers."""
     values = []
     for expr in (gold, answer):
         if set(free_symbols(expr)) - {parameter}:
-            return False
+            return None
         at = [constant_value(substitute(expr, {parameter: point})) for point in (ZERO, ONE, MINUS_ONE)]
         if None in at:
-            return False
+            return None
         values.append(at)
     mp = context()
     steps = [at[1] - at[0] for at in values]
     if any(abs((at[0] - at[2]) - step) > mp.mpf(10) ** -50 for at, step in zip(values, steps, strict=True)):
-        return False
+        return None
     if steps[0] == 0 or abs(abs(steps[0]) - abs(steps[1])) > mp.mpf(10) ** -50:
-        return False
+        return None
     shift = (values[1][0] - values[0][0]) / steps[0]
-    return mp.im(shift) == 0 and abs(shift - mp.nint(mp.re(shift))) < mp.mpf(10) ** -50
+    whole = mp.nint(mp.re(shift))
+    return int(whole) if mp.im(shift) == 0 and abs(shift - whole) < mp.mpf(10) ** -50 else None
 
 
 def is_scalar(expr: Expr) -> bool:

@@ -89,6 +89,8 @@ def _is_number(expr: Expr) -> bool:
 def _read(expr: Expr, variable: Expr | None) -> list[Piece]:
     op, args = expr
     if op == "tup" and len(args) == 4:
+        if _is_number(args[2]) and _is_number(args[3]) and _order(args[2], args[3]) > 0:
+            raise NotASetError("ends in the wrong order")
         return [Piece(args[2], args[0] == "[", args[3], args[1] == "]")]
     if op == "set":
         return [Piece(value, True, value, True) for item in args for value in split_plus_minus(item)]
@@ -136,6 +138,8 @@ def _combined(expr: Expr, variable: Expr | None) -> list[Piece]:
     subject = variable
     parts = []
     for item in items:
+        if parts and items[0].op == "rel" and items[0].args[0] == ("!=",) and not free_symbols(item):
+            item = Expr("rel", (("!=",), items[0].args[1], item))  # x \neq 1, 2
         if item.op != "rel" and item.op not in {"union", "tup", "set", "builder", "mathbb"}:
             raise NotASetError("a list")
         parts.append(_read(item, subject))
@@ -223,7 +227,7 @@ def integers(builder: Expr) -> Expr | None:
         for part in (variable, *conditions)
         if part.op == "rel" and part.args[0] == ("in",) and part.args[2].op == "mathbb"
     ]
-    if len(domains) != 1 or domains[0].args[2].args[0][0] not in "ZN":
+    if len(domains) != 1 or not domains[0].args[2].args[0].startswith(("Z", "N")):
         return None
     name, rest = domains[0].args[1], [part for part in conditions if part not in domains]
     try:
@@ -270,7 +274,7 @@ def _order(left: Expr, right: Expr) -> int:
     mp = context()
     if mp.im(first) != 0 or mp.im(second) != 0:
         raise NotASetError("complex endpoints")
-    return 0 if close(first, second, 50) else (-1 if first < second else 1)
+    return 0 if close(first, second, 50) else (-1 if mp.re(first) < mp.re(second) else 1)
 
 
 def _merged(found: list[Piece]) -> tuple[Piece, ...]:

@@ -30,6 +30,11 @@ class NumberToken(NamedTuple):
     digits: str
 
 
+def shown(token: Token) -> str:
+    """The token as it was written, for a message."""
+    return token.value.digits if isinstance(token.value, NumberToken) else str(token.value)
+
+
 _JOIN = r"(?:\{,\}|\\!,|,\\!\s?|\\,)"
 _SKIP = (
     r"(?P<skip>\s+|~|\\[,;:!>()\[\]] ?|\$|\\ |\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?(?=[^.]|$)|\\(?:displaystyle|"
@@ -96,7 +101,7 @@ def tokenize(text: str, *, thousands: bool = True, upright: bool = False) -> lis
 
 
 def _minutes(tokens: list[Token]) -> list[Token]:
-    """`min` that is applied to nothing is the unit, and a function's name before = or : is a label."""
+    """`min` that is applied to nothing is the unit, and a function's name before =, : or a word is a word."""
     for index, token in enumerate(tokens):
         if token.kind == "fn" and token.value == "min":
             after = tokens[index + 1].value if index + 1 < len(tokens) else ""
@@ -104,7 +109,13 @@ def _minutes(tokens: list[Token]) -> list[Token]:
                 tokens[index] = Token("text", "min", token.spaced)
         elif token.kind == "fn" and index + 1 < len(tokens) and tokens[index + 1].value in {"=", ":"}:
             tokens[index] = Token("text", token.value, token.spaced)
+        elif token.kind == "fn" and index + 1 < len(tokens) and _is_long_word(tokens[index + 1]):
+            tokens[index] = Token("text", token.value, token.spaced)  # the sum is, the max of
     return tokens
+
+
+def _is_long_word(token: Token) -> bool:
+    return token.kind == "text" and len(token.value) > 1
 
 
 def _add(tokens: list[Token], match: re.Match[str], spaced: bool, upright: bool) -> None:
@@ -215,6 +226,8 @@ def _add_text(tokens: list[Token], font: str, inner: str, spaced: bool) -> None:
         font in {"mathbf", "mathrm"} and words in {"R", "Z", "N", "Q", "C"} and font == "mathbf"
     ):
         tokens.append(Token("cmd", "mathbb:" + words, spaced))
+    elif words == "sec" and tokens and (tokens[-1].kind == "num" or tokens[-1].value == "/"):
+        tokens.append(Token("text", words, spaced))  # the unit
     elif font.startswith("operatorname") or words in FUNCTIONS:
         name = words.replace(" ", "").replace("\\", "")
         tokens.append(Token("fn" if name in FUNCTIONS else "text", name, spaced))

@@ -41,6 +41,12 @@ NUMBER_WORDS = {
 }
 NUMBER_WORDS |= {char: index for index, char in enumerate("零一二三四五六七八九十")}
 NUMBER_WORDS |= {"thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+FRACTION_WORDS = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4, "third": 3, "thirds": 3}
+FRACTION_WORDS |= {
+    word + end: value
+    for value, word in enumerate(word_list("fourth fifth sixth seventh eighth ninth tenth"), start=4)
+    for end in ("", "s")
+}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 _FUNCTION_PREFIX = re.compile(
@@ -52,7 +58,7 @@ _FUNCTION_PREFIX = re.compile(
 )
 _PLAIN_GREEK = word_set("alpha beta gamma delta epsilon theta lambda mu rho sigma tau phi psi omega Omega")
 _TWO_LETTER_WORDS = word_set(
-    "or is to of in no if at by as so we be it up an am pm do go my us he ft km cm mm kg mg ml mL hr"
+    "or is to of in no No if at by as so we be it up an am pm do go my us he ft km cm mm kg mg ml mL hr sq cu"
 )
 _RUNS = "abcdefghijklmnopqrstuvwxyz"
 

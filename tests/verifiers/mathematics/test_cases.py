@@ -26,7 +26,7 @@ def parameter(case):
     return pytest.param(case, id=label, marks=marks)
 
 
-@pytest.mark.parametrize("case", map(parameter, CASES))
+@pytest.mark.parametrize("case", [parameter(case) for case in CASES])
 def test_verdict(case):
     completion = case["answer"] if case["kind"].startswith("prose") else f"\\boxed{{{case['answer']}}}"
     verdict = judge(case["gold"], completion)
