@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from policy.config import PolicyConfig
 
-
-SHORT_SEQUENCE = 256  # up to here, three plain products are faster on the CPU than its fused attention: 45 ms against 88
+SHORT_SEQUENCE = (
+    256  # up to here, three plain products are faster on the CPU than its fused attention: 45 ms against 88
+)
 
 
 class _Normalise(torch.autograd.Function):
