@@ -86,7 +86,6 @@ def score_file(
     or ValueError for bad `num_workers` or `timeout_s`.
     """
     out = check_paths(path, out)
-    sys.set_int_max_str_digits(0)  # a program's expected output may be a longer number than Python reads by default
     counts: Counter[Status] = Counter()
     total = 0.0
     spec = VerifierSpec(verifier, verifier, options=options or {})
@@ -140,10 +139,21 @@ def _rows(path: Path) -> Iterator[_Row]:
                     raise ScoreFileError(f"{path}, line {number}: {exc}") from exc
 
 
+@contextmanager
+def _numbers_of_any_length() -> Iterator[None]:
+    digits = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(digits)
+
+
 def _parse(line: bytes) -> _Row:
     """One row; raises ValueError or RecursionError with what is wrong about it."""
     try:
-        columns = json.loads(line.decode())
+        with _numbers_of_any_length():  # a program's expected output may be longer than Python reads by default
+            columns = json.loads(line.decode())
     except ValueError as exc:
         raise ValueError(f"not JSON in UTF-8 ({exc})") from exc
     if not isinstance(columns, dict):

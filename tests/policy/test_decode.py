@@ -133,3 +133,12 @@ def test_rotation_frequencies_stay_in_fp32_under_half_precision() -> None:
     expected = torch.polar(torch.ones_like(angles), angles) * torch.complex(raw[:, 0::2], raw[:, 1::2])
     # One rounding to bfloat16; frequencies in bfloat16 would turn the last positions by tenths of a radian.
     assert torch.allclose(rotated, torch.cat((expected.real, expected.imag), -1).float(), rtol=2**-8, atol=1e-5)
+
+
+@torch.no_grad()
+def test_both_ways_to_attend_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_policy(CASES["large_weights"])
+    packed = pack(random_sequences(PROMPTS))
+    by_products = model(*packed).hidden
+    monkeypatch.setattr("policy.deepseek.SHORT_SEQUENCE", 0)
+    assert (model(*packed).hidden - by_products).abs().max() < 1e-5
