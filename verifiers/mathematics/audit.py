@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 from verifiers.mathematics.compare import read_answer
+from verifiers.mathematics.exact import written
 from verifiers.mathematics.expr import MathSyntaxError, TooLargeError
 from verifiers.mathematics.notation import normalise
 from verifiers.mathematics.parser import parse
@@ -23,7 +24,7 @@ def gold_text(gold: Any) -> str | None:
     if isinstance(gold, bool) or gold is None:
         return None
     if isinstance(gold, Real):
-        return str(gold)
+        return written(gold) if isinstance(gold, int) else str(gold)
     if not isinstance(gold, str):
         return None
     text = gold.rpartition("####")[2] if "####" in gold else gold

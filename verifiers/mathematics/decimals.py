@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from verifiers.mathematics.exact import rational
+from verifiers.mathematics.exact import rational, written
 from verifiers.mathematics.expr import Expr, const, free_symbols, num
 from verifiers.mathematics.identity import constant_value
 from verifiers.mathematics.numeric import context
@@ -34,7 +34,7 @@ def literal(expr: Expr) -> tuple[Fraction, int] | None:
 def _power_of_ten(value: Fraction) -> int | None:
     if abs(value) == 1:
         return 0
-    text = str(value.numerator if value.denominator == 1 else value.denominator).lstrip("-")
+    text = written(value.numerator if value.denominator == 1 else value.denominator).lstrip("-")
     if text.strip("0") != "1" or not text.startswith("1") or (value.denominator != 1 and abs(value.numerator) != 1):
         return None
     return len(text) - 1 if value.denominator == 1 else 1 - len(text)
@@ -42,7 +42,7 @@ def _power_of_ten(value: Fraction) -> int | None:
 
 def significant_digits(value: Fraction, places: int) -> int:
     """How many significant digits a decimal with that many places has."""
-    return len(str(abs(int(value * Fraction(10) ** places)))) if value else 0
+    return len(written(abs(int(value * Fraction(10) ** places)))) if value else 0
 
 
 def agrees_by_digits(gold: Expr, answer: Expr, options: MathOptions) -> bool:

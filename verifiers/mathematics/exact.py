@@ -11,11 +11,17 @@ from functools import lru_cache
 from verifiers.mathematics.expr import Expr
 
 MAX_BITS = 40_000
+MAX_DECIMAL_BITS = 14_000
 MAX_FACTORIAL = 3_000
 MAX_FOLD_TERMS = 1_000
 MAX_RESIDUE_FACTORIAL = 50_000
 MAX_DEGREE = 10**9
 _PRIMES = (2305843009213693951, 2305843009213693921, 2305843009213693907)
+
+
+def written(number: int) -> str:
+    """The digits of a whole number; hexadecimal ones, which Python does not limit, beyond some 4,200 of them."""
+    return str(number) if number.bit_length() <= MAX_DECIMAL_BITS else hex(number)
 
 
 class NotRationalError(ValueError):
