@@ -1,6 +1,7 @@
 """Supervised training on documents (a question and its completion) by plain next-token loss, until it measures well enough.
 
 It makes base models from random weights; the result is kept by content, so the same config, code and seed train once.
+A little over 400 lines, because its config is read beside the run that it describes.
 """
 
 from __future__ import annotations

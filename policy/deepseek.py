@@ -674,5 +674,10 @@ class DeepseekPolicy(nn.Module):
                 else:
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(noise * self.config.initializer_range)
-            for _, buffer in self.named_buffers():
-                buffer.zero_()
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Router biases and loads 0, as after `reset_parameters`, or after `to_empty` has left them arbitrary."""
+        for buffer in self.buffers():
+            buffer.zero_()

@@ -24,6 +24,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from policy.deepseek import DeepseekPolicy
 from policy.dense import DensePolicy
 from policy.expert_parallel import ParallelExperts
+from policy.interface import Policy
 
 P = TypeVar("P", DeepseekPolicy, DensePolicy)
 
@@ -68,14 +69,13 @@ def parallelize(
     return model
 
 
-def materialise(model: nn.Module, device: torch.device | str) -> None:
-    """Give a parallelized policy that was built on the meta device memory for its own shards; buffers are zeros."""
+def materialise(model: Policy, device: torch.device | str) -> None:
+    """Give a parallelized policy that was built on the meta device memory for its own shards, and its first buffers."""
     model.to_empty(device=device)
-    for buffer in model.buffers():
-        buffer.zero_()
+    model.reset_buffers()
 
 
-def initialise(model: DeepseekPolicy | DensePolicy, seed: int) -> None:
+def initialise(model: Policy, seed: int) -> None:
     """The weights of `reset_parameters(seed)`, of which every rank draws all, one tensor at a time, and keeps its own."""
     with implicit_replication():
         model.reset_parameters(seed)
@@ -129,7 +129,7 @@ def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() and "nccl" in dist.get_backend_config() else "cpu"
 
 
-def _check(model: DeepseekPolicy | DensePolicy, expert_parallel: int) -> None:
+def _check(model: Policy, expert_parallel: int) -> None:
     if not dist.is_available() or not dist.is_initialized():
         raise ParallelismError(
             "no process group: start with torchrun and call torch.distributed.init_process_group first"

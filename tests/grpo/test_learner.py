@@ -354,3 +354,96 @@ def test_the_callers_batch_is_left_as_it_was(tmp_path: Path) -> None:
     for field in dataclasses.fields(Batch):
         ours, theirs = getattr(batch, field.name), getattr(same, field.name)
         assert ours is theirs is None or torch.equal(ours, theirs), field.name
+
+
+def with_routing(samples: list[Sample], shift: int) -> list[Sample]:
+    """The samples with an engine's choices that no router would make, and none for the last token."""
+    top_k = torch.arange(SMALL.num_experts_per_tok).numpy()
+    routed = []
+    for sample in samples:
+        length = len(sample.prompt_ids) + len(sample.completion_ids)
+        chosen = (top_k + shift)[None, None].repeat(length, 0).repeat(SMALL.num_moe_layers, 1) % SMALL.n_routed_experts
+        chosen[-1] = -1
+        routed.append(dataclasses.replace(sample, routed_experts=chosen))
+    return routed
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_replayed_experts_are_those_that_learn(tmp_path: Path, replay: bool) -> None:
+    model = tiny_policy(SMALL)
+    batch = build_batch(with_routing(make_samples(model), 2), ADVANTAGES)
+    learner = Learner(
+        model,
+        LearnerConfig(lr=1e-3, max_tokens_per_microbatch=13),
+        AlgorithmConfig(kl_coef=0.0, routing_replay=replay),
+        temperature=TEMPERATURE,
+        seed=3,
+        bad_batch_path=tmp_path / "batch.pt",
+    )
+    metrics = learner.step(batch, 0)
+    gradient = learner.model.get_parameter("model.layers.1.mlp.experts.down_proj").grad
+    assert gradient is not None
+    idle = gradient.flatten(1).abs().amax(1) == 0
+    expected = torch.tensor([expert not in (2, 3, 4) for expert in range(SMALL.n_routed_experts)])
+    # The last token of each sequence chooses by itself, but nothing is predicted from it.
+    assert torch.equal(idle, expected) == replay
+    assert (metrics["logprob_gap_max"] > 1e-3) == replay  # the samples were not made with these experts
+
+
+def test_routing_of_some_samples_only_is_refused() -> None:
+    samples = make_samples(tiny_policy(SMALL))
+    mixed = [with_routing(samples, 0)[0], *samples[1:]]
+    with pytest.raises(UserError, match=r"sample 0 of task toy/1 has .* routed_experts of none"):
+        build_batch(mixed, ADVANTAGES)
+
+
+@pytest.mark.parametrize("max_tokens", [8192, 13])
+def test_drafts_learn_without_moving_the_policy(tmp_path: Path, max_tokens: int) -> None:
+    deep = dataclasses.replace(SMALL, num_nextn_predict_layers=2)
+    zeros = (0.0,) * len(ADVANTAGES)  # no policy gradient at all
+    learner = make_learner(
+        tmp_path,
+        tiny_policy(deep),
+        mtp_loss_weight=0.3,
+        max_tokens_per_microbatch=max_tokens,
+        max_grad_norm=NO_CLIPPING,
+    )
+    learner.step(make_batch(tiny_policy(deep), zeros), 0)
+    for name, parameter in learner.model.named_parameters():
+        moves = name.startswith(("model.layers.2.", "model.layers.3."))
+        largest = 0.0 if parameter.grad is None else float(parameter.grad.abs().max())
+        assert (largest > 0) == moves, name
+    by_hand = tiny_policy(deep)
+    said = [
+        token_logprobs(by_hand, *pack([[*s.prompt_ids, *s.completion_ids]]), temperature=TEMPERATURE, mtp="detached")
+        for s in make_samples(by_hand)
+    ]
+    loss = torch.zeros(())
+    for depth in range(2):
+        places = [range(max(p, depth + 2), p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+        terms = [one.mtp_logprobs[depth][list(own)].sum() for one, own in zip(said, places, strict=True)]
+        loss = loss - 0.3 / 2 * torch.stack(terms).sum() / sum(len(own) for own in places)
+    loss.backward()
+    for name, parameter in learner.model.named_parameters():
+        if name.startswith("model.layers.2.") and "mlp.experts" not in name:
+            expected = by_hand.get_parameter(name).grad
+            assert parameter.grad is not None
+            assert expected is not None
+            assert torch.allclose(parameter.grad, expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("max_tokens", [8192, 13])
+def test_the_balance_loss_does_not_depend_on_the_micro_batches(tmp_path: Path, max_tokens: int) -> None:
+    zeros = (0.0,) * len(ADVANTAGES)
+    learner = make_learner(tmp_path, balance_alpha=0.5, max_tokens_per_microbatch=max_tokens, max_grad_norm=NO_CLIPPING)
+    metrics = learner.step(make_batch(tiny_policy(SMALL), zeros), 0)
+    by_hand = tiny_policy(SMALL)
+    sequences = [[*s.prompt_ids, *s.completion_ids] for s in make_samples(by_hand)]
+    (0.5 * by_hand(*pack(sequences), return_balance_loss=True).balance_loss.mean()).backward()
+    name = "model.layers.1.mlp.gate.weight"
+    expected, got = by_hand.get_parameter(name).grad, learner.model.get_parameter(name).grad
+    assert expected is not None
+    assert got is not None
+    assert expected.abs().max() > 0
+    assert torch.allclose(got, expected, atol=1e-6)
+    assert metrics["max_violation"] == metrics["max_violation/layer_1"] > 0

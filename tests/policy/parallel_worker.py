@@ -30,6 +30,7 @@ from policy.checkpoint_read import Target, load_weights
 from policy.compiling import compile_blocks
 from policy.config import PolicyConfig
 from policy.deepseek import DeepseekPolicy
+from policy.dense import DensePolicy
 from policy.interface import Policy
 from policy.logprobs import TokenLogprobs, token_logprobs
 from policy.parallel import (
@@ -394,6 +395,13 @@ def dense_models(_: Path) -> None:
         alone, together = dense_policy(name).train(), parallelize(dense_policy(name).train())
         together.enable_activation_checkpointing()
         compare(together, alone, Data())
+    with torch.device("meta"):
+        built = DensePolicy(dense_policy("llama").config)
+    materialise(parallelize(built.train()), "cpu")
+    initialise(built, 5)
+    drawn = dense_policy("llama").train()
+    drawn.reset_parameters(5)
+    compare(built, drawn, Data())  # without its rotary frequencies it would not know one position from another
     with pytest.raises(ParallelismError, match="no experts"):
         parallelize(dense_policy("llama"), expert_parallel=2)
 

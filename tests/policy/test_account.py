@@ -20,23 +20,10 @@ from policy.account import (
 )
 from policy.config import PolicyConfig
 from policy.deepseek import DeepseekPolicy
+from tests.policy.builders import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = PolicyConfig(
-    vocab_size=61,
-    hidden_size=48,
-    intermediate_size=64,
-    moe_intermediate_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    kv_lora_rank=24,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=24,
-    max_position_embeddings=128,
-)
+SMALL = replace(TINY, v_head_dim=24)
 # (total, active, MTP) in billions as published: arXiv 2405.04434 sections 3.1.2 and B, 2412.19437 section 4.2. Of MTP, the
 # release says 11.5; the layer's own shapes give 11.6.
 PUBLISHED = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -176,9 +175,3 @@ def make_private(tmp_mb: int, num_files: int, has_work: bool, may_write_work: bo
     if has_work and not may_write_work:
         kernel.set_mount_flags("/program", kernel.MS_RDONLY, recursive=False)
     os.chdir("/tmp")
-
-
-def python_paths() -> tuple[str, ...]:
-    """Host paths that this interpreter needs: its own tree and the shared libraries."""
-    own = [sys.base_prefix, sys.base_exec_prefix]
-    return tuple(dict.fromkeys(path for path in own if path not in ("/", "")))

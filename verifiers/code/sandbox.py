@@ -1,7 +1,8 @@
 """The verifier's side of the sandbox: fork servers kept warm, one run at a time each, started on demand.
 
 A server belongs to the process that started it and dies with it: the kernel kills the server, and its namespace with
-it, when that process ends in whatever way. Nothing of a run is ever on disk, except in the mode `limits-only`.
+it, when that process ends in whatever way. Nothing of a run is ever on disk, except in the mode `limits-only`. A little
+over 400 lines: the life of a server is read in one piece.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from verifiers.mathematics.expr import (
     num,
     split_plus_minus,
     substitute,
-    walk,
 )
 from verifiers.mathematics.identity import constant_value, same_expression
 from verifiers.mathematics.numeric import context
@@ -189,16 +188,6 @@ SCALARS = frozenset(
         "call",
     ]
 )
-
-
-def is_integer(expr: Expr) -> bool:
-    """Whether the expression is a plain integer."""
-    return expr.op == "num" and expr.args[0].denominator == 1
-
-
-def mentions(expr: Expr, node: Expr) -> bool:
-    """Whether `node` occurs in `expr`."""
-    return any(part == node for part in walk(expr))
 
 
 HUNDREDTH = Fraction(1, 100)
