@@ -7,7 +7,7 @@ its place in the sequence; a draft was right if it is that token. So a completio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from policy.packing import layout
 from rollout.engine import Completion, SamplingParams
+from rollout.records import SamplingMask
 
 
 class Decoding:
@@ -52,6 +53,7 @@ class Decoding:
         self.drafted, self.accepted = torch.zeros_like(self.generated), torch.zeros_like(self.generated)
         self.routed: Tensor | None = None  # [B, width, M, K], -1 where nothing was forwarded
         self.return_routed_experts = return_routed_experts
+        self.kept = KeptTokens(num, limit) if params.return_sampling_mask else None
         self.live = torch.arange(num, device=device)  # row of the batch -> sequence
 
     def run(self, policy_version: int) -> list[Completion]:
@@ -113,7 +115,8 @@ class Decoding:
         place = self.generated[live][:, None] + torch.arange(n, device=self.device)
         uniforms = self.uniforms[live].gather(1, place.clamp(max=self.limit - 1))
         logits = self.model.lm_head(hidden.flatten(0, 1)).float()
-        tokens, logprobs = (x.view(num, n) for x in sample_tokens(logits, self.params, uniforms.flatten()))
+        sampled = sample_tokens(logits, self.params, uniforms.flatten())
+        tokens, logprobs = sampled.token_ids.view(num, n), sampled.logprobs.view(num, n)
         right = (tokens[:, :-1] == drafts).long().cumprod(1).sum(1)
         stops = torch.isin(tokens, self.stops)
         kept = torch.arange(n, device=self.device) <= right[:, None]
@@ -121,6 +124,8 @@ class Decoding:
         columns = torch.where(kept, self.prompt_lengths[live][:, None] + place, self.width - 1)
         self.known[live[:, None], columns] = tokens
         self.logprobs[live[:, None], columns] = logprobs
+        if self.kept is not None and self.params.cuts_off:
+            self.kept.add(sampled.distribution[kept.flatten()], live[:, None].expand(num, n)[kept], place[kept])
         self.generated[live] += kept.sum(1)
         self.stopped[live] |= (kept & stops).any(1)
         self.drafted[live] += (n - 1) * ~ended
@@ -149,8 +154,8 @@ class Decoding:
             window = self.model.look_ahead(window, ahead, positions, self.cache, depth)
             place = (self.generated[live] + depth - 1).clamp(max=self.limit - 1)
             uniforms = self.uniforms[live].gather(1, place[:, None]).squeeze(1)
-            tokens, _ = sample_tokens(self.model.lm_head(window[rows, last]).float(), self.params, uniforms)
-            self.known[live, newest + depth] = tokens
+            sampled = sample_tokens(self.model.lm_head(window[rows, last]).float(), self.params, uniforms)
+            self.known[live, newest + depth] = sampled.token_ids
         return self.known[live[:, None], newest[:, None] + torch.arange(1, k + 1, device=self.device)]
 
     def _decode(self, input_ids: Tensor) -> Tensor:
@@ -173,6 +178,7 @@ class Decoding:
 
     def _completions(self, policy_version: int) -> list[Completion]:
         completions = []
+        masks = None if self.kept is None else self.kept.masks(self.generated.tolist())
         for row, prompt in enumerate(self.prompts):
             start, end = len(prompt), len(prompt) + int(self.generated[row])
             completions.append(
@@ -182,6 +188,7 @@ class Decoding:
                     finish_reason="stop" if self.stopped[row] else "length",
                     policy_version=policy_version,
                     routed_experts=self._routing(row, end),
+                    sampling_mask=None if masks is None else masks[row],
                     num_draft_tokens=int(self.drafted[row]),
                     num_accepted_tokens=int(self.accepted[row]),
                 )
@@ -203,21 +210,38 @@ def sequence_uniforms(seeds: Sequence[int], num_tokens: int) -> Tensor:
     return torch.stack(streams)
 
 
-def sample_tokens(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Token [B] and its log-probability [B] from logits [B, V] and one uniform number [B] each, by inverting the CDF.
+class SampledTokens(NamedTuple):
+    """Ids [B] and log-probabilities [B] of sampled tokens, and the distribution's log-probabilities [B, V]: -inf if cut off."""
 
-    As in vLLM's processed log-probabilities, these are after temperature and top-p; temperature 0 takes the largest
-    logit and gives its log-probability at temperature 1.
+    token_ids: Tensor
+    logprobs: Tensor
+    distribution: Tensor
+
+
+def sample_tokens(logits: Tensor, params: SamplingParams, uniforms: Tensor) -> SampledTokens:
+    """One token for each row of logits [B, V] and each uniform number [B], by inverting the CDF.
+
+    As in vLLM's processed log-probabilities, these are after temperature, top-k and top-p; temperature 0 takes the
+    largest logit and gives its log-probability at temperature 1.
     """
     if params.temperature == 0:
         logprobs = logits.log_softmax(-1)
         tokens = logits.argmax(-1)
-        return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(1)
-    logprobs = keep_top_p(logits / params.temperature, params.top_p).log_softmax(-1)
+        return SampledTokens(tokens, logprobs.gather(-1, tokens[:, None]).squeeze(1), logprobs)
+    kept = keep_top_p(keep_top_k(logits / params.temperature, params.top_k), params.top_p)
+    logprobs = kept.log_softmax(-1)
     cdf = logprobs.double().exp().cumsum(-1)
     targets = uniforms.clamp(max=1 - 1e-12) * cdf[:, -1]
     tokens = torch.searchsorted(cdf, targets[:, None], right=True)
-    return tokens.squeeze(1), logprobs.gather(-1, tokens).squeeze(1)
+    return SampledTokens(tokens.squeeze(1), logprobs.gather(-1, tokens).squeeze(1), logprobs)
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Logits [B, V] with -inf below the k-th largest of a row, so that its equals stay, as in vLLM; 0 keeps all."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits
+    smallest = logits.topk(top_k, -1).values[:, -1:]
+    return logits.masked_fill(logits < smallest, float("-inf"))
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
@@ -230,3 +254,31 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     before[:, 0] = 0.0
     ordered = ordered.masked_fill(before >= top_p, float("-inf"))
     return torch.empty_like(logits).scatter(-1, order, ordered)
+
+
+class KeptTokens:
+    """Collects, in any order, which ids sampling kept at the tokens of several sequences."""
+
+    def __init__(self, num_sequences: int, max_tokens: int) -> None:
+        self.num_sequences, self.max_tokens = num_sequences, max_tokens
+        self.slots: list[np.ndarray] = []  # sequence * max_tokens + place, once per kept id
+        self.token_ids: list[np.ndarray] = []
+
+    def add(self, distribution: Tensor, sequences: Tensor, places: Tensor) -> None:
+        """What is finite in rows [m, V], each of a token [m] of a sequence [m]."""
+        rows, token_ids = distribution.isfinite().nonzero(as_tuple=True)
+        self.slots.append((sequences * self.max_tokens + places)[rows].cpu().numpy())
+        self.token_ids.append(token_ids.to(torch.int32).cpu().numpy())
+
+    def masks(self, lengths: Sequence[int]) -> list[SamplingMask]:
+        """One mask per sequence, of as many spans as it has tokens."""
+        slots = np.concatenate([np.empty(0, np.int64), *self.slots])
+        order = np.argsort(slots, kind="stable")  # ids of a token stay ascending
+        token_ids = np.concatenate([np.empty(0, np.int32), *self.token_ids])[order]
+        first_of = np.searchsorted(slots[order], np.arange(self.num_sequences * self.max_tokens + 1))
+        masks = []
+        for sequence, length in enumerate(lengths):
+            start = sequence * self.max_tokens
+            offsets = first_of[start : start + length + 1].astype(np.int64)
+            masks.append(SamplingMask(offsets - offsets[0], token_ids[offsets[0] : offsets[-1]].copy()))
+        return masks

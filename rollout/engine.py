@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from rollout.records import FinishReason
+from rollout.records import FinishReason, SamplingMask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,19 +16,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to sample: temperature 0 is greedy; a completion ends at a stop token (kept) or after max_completion_tokens."""
+    """How to sample: temperature 0 is greedy; a completion ends at a stop token (kept) or after max_completion_tokens.
+
+    Of the distribution at `temperature`, the `top_k` likeliest tokens stay (0: all), and of these, renormalised, the
+    fewest likeliest whose probability reaches `top_p`. `return_sampling_mask` leaves each completion with these tokens.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
     max_completion_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
+    return_sampling_mask: bool = False
+
+    @property
+    def cuts_off(self) -> bool:
+        """Whether top-k or top-p may take tokens away; what is greedy takes the likeliest and reports all."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One sampled continuation: ids as sampled, one log-probability (natural log) per id, and the weights' version.
 
-    `routed_experts` [prompt + completion tokens, MoE layers, top-k] is -1 where a token was not forwarded.
+    `routed_experts` [prompt + completion tokens, MoE layers, top-k] is -1 where a token was not forwarded;
+    `sampling_mask` has one span per id.
     """
 
     token_ids: list[int]
@@ -36,6 +48,7 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int
     routed_experts: np.ndarray | None = None
+    sampling_mask: SamplingMask | None = None
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
 

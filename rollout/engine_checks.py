@@ -21,6 +21,8 @@ def check_request(
         raise ValueError(f"max_completion_tokens must be at least 1, not {params.max_completion_tokens}")
     if params.temperature < 0 or not 0 < params.top_p <= 1:
         raise ValueError(f"temperature >= 0 and 0 < top_p <= 1 are needed, not {params.temperature} and {params.top_p}")
+    if params.top_k < 0:
+        raise ValueError(f"top_k must be 0 (all tokens) or more, not {params.top_k}")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} is empty: it needs at least one token")

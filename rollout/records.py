@@ -5,13 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from verifiers.verdict import Verdict
 
 FinishReason = Literal["stop", "length"]
+
+
+class SamplingMask(NamedTuple):
+    """The token ids that top-k and top-p kept at each of C completion tokens, the sampled id always among them.
+
+    Those of completion token i are `token_ids[offsets[i] : offsets[i + 1]]`, ascending; `offsets` is int64 [C + 1],
+    `token_ids` int32 [n]. An empty span means that nothing was cut off.
+    """
+
+    offsets: np.ndarray
+    token_ids: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +41,9 @@ class Sample:
     """One sampled completion; `verdict` and `advantage` are filled once each, by `dataclasses.replace`.
 
     `completion_ids` are as sampled, end-of-sequence kept; `rollout_logprobs` [len(completion_ids)] are natural-log
-    probabilities after temperature and top-p, from the engine that sampled them; `policy_versions` are the weights'
+    probabilities after temperature, top-k and top-p, from the engine that sampled them; `policy_versions` are the weights'
     versions at the first and at the last token; `routed_experts` [prompt + completion tokens, MoE layers, top-k] are the
-    engine's choices, -1 where a token was not forwarded.
+    engine's choices, -1 where a token was not forwarded; `sampling_mask` is what top-k and top-p kept.
     """
 
     task_id: str
@@ -44,7 +55,7 @@ class Sample:
     finish_reason: FinishReason
     completion_text: str
     routed_experts: np.ndarray | None = None
-    sampling_mask: np.ndarray | None = None
+    sampling_mask: SamplingMask | None = None
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     verdict: Verdict | None = None

@@ -8,11 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rollout.engine import Completion, SamplingParams
 from rollout.engine_checks import check_request, check_weights
+from rollout.records import SamplingMask
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# vLLM keeps every token as likely as the k-th: so many log-probabilities beyond top_k are asked for, to see them too.
+ROOM_FOR_TIES = 16
+# Probability that a sampling mask may miss: the log-probabilities under the mask are off by as much, in nats.
+MASS_TOLERANCE = 1e-3
 
 
 class VllmEngine:
@@ -58,6 +66,7 @@ class VllmEngine:
             # Cached keys and values would outlive the weights that made them.
             enable_prefix_caching=False,
             logprobs_mode="processed_logprobs",
+            max_logprobs=-1,  # sampling masks need top_k of them
             generation_config="vllm",
             worker_extension_cls="rollout.vllm_worker.WeightUpdateExtension",
             **(_cpu_settings(self._config) if on_cpu else {}),
@@ -66,21 +75,31 @@ class VllmEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """One completion per prompt, in order; log-probabilities are after temperature and top-p (raw when greedy)."""
+        """One completion per prompt, in order; log-probabilities are after temperature, top-k, top-p (raw when greedy).
+
+        A sampling mask needs top_k above 0 where tokens are cut off, a ValueError otherwise.
+        """
         from vllm import SamplingParams as VllmSamplingParams
 
         check_request(prompts, params, seeds, self.max_model_len)
+        masked = params.return_sampling_mask and params.cuts_off
+        if masked and not params.top_k:
+            raise ValueError(
+                "vLLM reports what sampling kept only up to a number of tokens: with return_sampling_mask set top_k "
+                f"beside top_p={params.top_p}, or use the torch engine"
+            )
         if not prompts:
             return []
         vllm_params = [
             VllmSamplingParams(
                 temperature=params.temperature,
                 top_p=params.top_p,
+                top_k=params.top_k,
                 max_tokens=params.max_completion_tokens,
                 stop_token_ids=list(params.stop_token_ids),
                 # Only the stop tokens named above end a completion, whatever the checkpoint's config says.
                 ignore_eos=True,
-                logprobs=0,
+                logprobs=min(params.top_k + ROOM_FOR_TIES, self._config["vocab_size"]) if masked else 0,
                 flat_logprobs=True,
                 detokenize=False,
                 seed=seed,
@@ -89,10 +108,11 @@ class VllmEngine:
         ]
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = self._llm.generate(requests, vllm_params, use_tqdm=False)  # type: ignore[arg-type]
-        return [self._completion(output.outputs[0]) for output in outputs]
+        return [self._completion(output.outputs[0], params) for output in outputs]
 
-    def _completion(self, output: Any) -> Completion:
-        token_ids, logprobs = list(output.token_ids), list(output.logprobs.logprobs)
+    def _completion(self, output: Any, params: SamplingParams) -> Completion:
+        token_ids, flat = list(output.token_ids), output.logprobs
+        logprobs = [flat.logprobs[start] for start in flat.start_indices]  # the sampled token's come first
         if len(logprobs) != len(token_ids):
             raise RuntimeError(f"vLLM returned {len(logprobs)} log-probabilities for {len(token_ids)} tokens")
         if output.finish_reason not in ("stop", "length"):
@@ -102,6 +122,7 @@ class VllmEngine:
             logprobs=logprobs,
             finish_reason=output.finish_reason,
             policy_version=self.policy_version,
+            sampling_mask=_sampling_mask(flat, params) if params.return_sampling_mask else None,
         )
 
     def load_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -116,6 +137,29 @@ class VllmEngine:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+
+
+def _sampling_mask(flat: Any, params: SamplingParams) -> SamplingMask:
+    """What sampling kept, from vLLM's processed log-probabilities: finite ones, those of the sampled token twice."""
+    starts, ends = np.asarray(flat.start_indices, np.int64), np.asarray(flat.end_indices, np.int64)
+    if not params.cuts_off:
+        return SamplingMask(np.zeros(len(starts) + 1, np.int64), np.empty(0, np.int32))
+    logprobs = np.asarray(flat.logprobs, np.float64)
+    places = np.repeat(np.arange(len(starts)), ends - starts)
+    # One number for place and id, whose order is that of places, then of ids.
+    keys = (places << 32) | np.asarray(flat.token_ids, np.int64)
+    finite = np.isfinite(logprobs)
+    keys, first = np.unique(keys[finite], return_index=True)
+    places = keys >> 32
+    mass = np.bincount(places, np.exp(logprobs[finite][first]), minlength=len(starts))
+    if len(mass) and mass.min() < 1 - MASS_TOLERANCE:
+        raise RuntimeError(
+            f"the {params.top_k + ROOM_FOR_TIES} likeliest tokens that vLLM reported hold only {mass.min():.6f} of the "
+            f"probability it sampled from at token {mass.argmin()}: more than {ROOM_FOR_TIES} tokens tie for place "
+            f"top_k={params.top_k}. Use dtype float32 or another top_k."
+        )
+    offsets = np.searchsorted(places, np.arange(len(starts) + 1))
+    return SamplingMask(offsets.astype(np.int64), (keys & 0xFFFFFFFF).astype(np.int32))
 
 
 def _cpu_settings(config: Mapping[str, Any]) -> dict[str, Any]:

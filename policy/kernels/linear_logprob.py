@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,35 @@ BUFFER_SHARE = 1 / 12
 MIN_BUFFER_BYTES = 64 * 2**20
 
 
+class SamplingMask(NamedTuple):
+    """For each of N tokens the ids its softmax runs over: `token_ids[offsets[i] : offsets[i + 1]]`, where empty: all.
+
+    `offsets` [N + 1] rise from 0 to n, `token_ids` [n] are different ones within a span; both int64.
+    """
+
+    offsets: Tensor
+    token_ids: Tensor
+
+    def select(self, rows: Tensor) -> SamplingMask:
+        """The spans of the tokens `rows` [m], in that order."""
+        starts, counts = self.offsets[rows], self.offsets.diff()[rows]
+        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        places = torch.arange(int(offsets[-1]), device=counts.device)
+        return SamplingMask(offsets, self.token_ids[places + (starts - offsets[:-1]).repeat_interleave(counts)])
+
+    def row_of_each_id(self) -> Tensor:
+        """The token [n] whose span each id is in."""
+        counts = self.offsets.diff()
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+
+    def without_target(self, targets: Tensor) -> Tensor:
+        """Places of the tokens whose span is not empty and yet lacks their target [N]."""
+        rows = self.row_of_each_id()
+        found = self.offsets.diff() == 0
+        found[rows[self.token_ids == targets[rows]]] = True
+        return (~found).nonzero().squeeze(1)
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -21,18 +52,23 @@ def linear_logprob(
     temperature: float = 1.0,
     *,
     chunk_tokens: int | None = None,
+    sampling_mask: SamplingMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy [N] each (nats) of softmax(hidden @ weight.T / temperature).
 
     hidden [N, D] and weight [V, D] are of one type, targets [N] whole numbers in 0..V-1. The results are fp32, or fp64
     where the inputs are. The products run in the inputs' type, the softmax in fp32; both outputs have gradients for
     hidden and weight. Backward recomputes the logits, `chunk_tokens` rows at a time (default: by BUFFER_SHARE), and
-    sums the weight's gradient in fp32. Shapes, types, targets or a temperature out of order are a ValueError.
+    sums the weight's gradient in fp32. With `sampling_mask` each row's softmax runs over its span alone, which must hold
+    its target. Shapes, types, targets, spans or a temperature out of order are a ValueError.
     """
     _check(hidden, weight, targets, temperature, chunk_tokens)
+    if sampling_mask is not None:
+        _check_spans(sampling_mask, targets, len(weight))
     rows = chunk_tokens or _rows_per_chunk(len(hidden), len(weight), hidden.dtype)
     rows = max(1, min(rows, len(hidden)))
-    outputs = _LinearLogprob.apply(hidden, weight, targets.long(), temperature, rows)
+    spans = (None, None) if sampling_mask is None else sampling_mask
+    outputs = _LinearLogprob.apply(hidden, weight, targets.long(), temperature, rows, *spans)
     assert isinstance(outputs, tuple)
     return outputs
 
@@ -52,6 +88,31 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, 
         lowest, highest = torch.stack(torch.aminmax(targets)).tolist()
         if lowest < 0 or highest >= len(weight):
             raise ValueError(f"targets run from {lowest} to {highest}, the vocabulary from 0 to {len(weight) - 1}")
+
+
+def _check_spans(spans: SamplingMask, targets: Tensor, vocab: int) -> None:
+    offsets, token_ids = spans
+    if offsets.dtype != torch.int64 or token_ids.dtype != torch.int64:
+        raise ValueError(f"sampling_mask must be int64, not {offsets.dtype} and {token_ids.dtype}")
+    if offsets.shape != (len(targets) + 1,) or token_ids.dim() != 1:
+        shapes = f"{list(offsets.shape)} and {list(token_ids.shape)}"
+        raise ValueError(
+            f"sampling_mask is {shapes}; for {len(targets)} targets it must be [{len(targets) + 1}] and [n]"
+        )
+    if offsets[0] != 0 or offsets[-1] != len(token_ids) or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"the offsets of sampling_mask must rise from 0 to its {len(token_ids)} ids")
+    if len(token_ids):
+        lowest, highest = torch.stack(torch.aminmax(token_ids)).tolist()
+        if lowest < 0 or highest >= vocab:
+            raise ValueError(
+                f"sampling_mask's ids run from {lowest} to {highest}, the vocabulary from 0 to {vocab - 1}"
+            )
+    if len(lacking := spans.without_target(targets)):
+        row = int(lacking[0])
+        raise ValueError(
+            f"target {int(targets[row])} of row {row} is not among the {int(offsets[row + 1] - offsets[row])} ids of its "
+            f"span in sampling_mask ({len(lacking)} such rows)"
+        )
 
 
 def _rows_per_chunk(num_rows: int, vocab: int, dtype: torch.dtype) -> int:
@@ -74,8 +135,10 @@ class _Buffers:
         self.second = torch.empty_like(self.first)
         self.narrow = None if weight.dtype == self.first.dtype else weight.new_empty(shape)
 
-    def log_softmax(self, hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """log p and p [n, V] of a chunk [n, D]; both are overwritten by the next call."""
+    def log_softmax(
+        self, hidden: Tensor, weight: Tensor, temperature: float, spans: SamplingMask | None
+    ) -> tuple[Tensor, Tensor]:
+        """log p and p [n, V] of a chunk [n, D], both 0 outside of its spans; both are overwritten by the next call."""
         n = len(hidden)
         logits = self.first[:n]
         if self.narrow is None:
@@ -84,11 +147,41 @@ class _Buffers:
             logits.copy_(torch.mm(hidden, weight.t(), out=self.narrow[:n]))
         if temperature != 1:
             logits.div_(temperature)
+        if spans is not None:
+            _cut_to_spans(logits, spans)
         logp = torch.log_softmax(logits, -1, out=self.second[:n])
-        return logp, torch.exp(logp, out=logits)
+        p = torch.exp(logp, out=logits)
+        if spans is not None:
+            logp.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=0.0)  # so that p log p is 0, its limit
+        return logp, p
 
     def in_type_of_weight(self, grad: Tensor) -> Tensor:
         return grad if self.narrow is None else self.narrow[: len(grad)].copy_(grad)
+
+
+def _cut_to_spans(logits: Tensor, spans: SamplingMask) -> None:
+    """-inf outside of the spans of the rows that have one."""
+    where = spans.row_of_each_id(), spans.token_ids
+    kept = logits[where]
+    logits.masked_fill_((spans.offsets.diff() > 0)[:, None], -math.inf)
+    logits[where] = kept
+
+
+def _spans(offsets: Tensor | None, token_ids: Tensor | None) -> SamplingMask | None:
+    return None if offsets is None or token_ids is None else SamplingMask(offsets, token_ids)
+
+
+def _chunks(num_rows: int, rows: int, spans: SamplingMask | None) -> Iterator[tuple[slice, SamplingMask | None]]:
+    """Slices of at most `rows` of the rows, each with its spans."""
+    starts = range(0, num_rows, rows)
+    # One transfer for all chunks: each would wait for the device otherwise.
+    bounds = [] if spans is None else [*spans.offsets[:-1:rows].tolist(), len(spans.token_ids)]
+    for number, start in enumerate(starts):
+        chunk, own = slice(start, start + rows), None
+        if spans is not None:
+            first, last = bounds[number : number + 2]
+            own = SamplingMask(spans.offsets[start : start + rows + 1] - first, spans.token_ids[first:last])
+        yield chunk, own
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -96,19 +189,25 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        rows: int,
+        offsets: Tensor | None,
+        token_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
         entropy = torch.empty_like(logprobs)
         if len(hidden):
             buffers = _Buffers(weight, rows)
-            for start in range(0, len(hidden), rows):
-                chunk = slice(start, start + rows)
-                logp, p = buffers.log_softmax(hidden[chunk], weight, temperature)
+            for chunk, spans in _chunks(len(hidden), rows, _spans(offsets, token_ids)):
+                logp, p = buffers.log_softmax(hidden[chunk], weight, temperature, spans)
                 logprobs[chunk] = logp.gather(1, targets[chunk, None]).squeeze(1)
                 # Not log_z - E[logits]: where one token is certain, that difference comes out negative.
                 torch.sum(p.mul_(logp), -1, out=entropy[chunk]).neg_()
-        ctx.save_for_backward(hidden, weight, targets, entropy)
+        ctx.save_for_backward(hidden, weight, targets, entropy, offsets, token_ids)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -119,16 +218,15 @@ class _LinearLogprob(torch.autograd.Function):
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
-            return (None,) * 5
-        hidden, weight, targets, entropy = ctx.saved_tensors
+            return (None,) * 7
+        hidden, weight, targets, entropy, *parts_of_spans = ctx.saved_tensors
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if for_weight else None
         buffers = _Buffers(weight, ctx.rows) if len(hidden) else None
-        for start in range(0, len(hidden), ctx.rows):
+        for chunk, spans in _chunks(len(hidden), ctx.rows, _spans(*parts_of_spans)):
             assert buffers is not None
-            chunk = slice(start, start + ctx.rows)
-            logp, p = buffers.log_softmax(hidden[chunk], weight, ctx.temperature)
+            logp, p = buffers.log_softmax(hidden[chunk], weight, ctx.temperature, spans)
             parts = [None if grad is None else grad[chunk, None] / ctx.temperature for grad in grads]
             grad_logits = _grad_logits(logp, p, targets[chunk, None], entropy[chunk, None], *parts)
             grad_logits = buffers.in_type_of_weight(grad_logits)
@@ -136,7 +234,7 @@ class _LinearLogprob(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
                 _add_product(grad_weight, grad_logits.t(), hidden[chunk])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 5
 
 
 def _grad_logits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from policy.logprobs import token_logprobs
+from policy.logprobs import SamplingMask, token_logprobs
 from tests.policy.builders import TINY, VOCAB, pack, packed_logits, random_sequences, tiny_policy
 
 LENGTHS = (7, 1, 12, 4)
@@ -163,3 +164,67 @@ def test_the_entropy_of_a_uniform_policy_is_log_vocab() -> None:
     logprobs, entropy, *_ = token_logprobs(model, *pack(random_sequences([5])))
     assert torch.allclose(entropy[1:], torch.full((4,), math.log(TINY.vocab_size)), atol=1e-5)
     assert torch.allclose(logprobs[1:], torch.full((4,), -math.log(TINY.vocab_size)), atol=1e-5)
+
+
+def kept_ids(sequences: list[list[int]], num_prompt: int = 2, seed: int = 3) -> list[list[int]]:
+    """For each token of each sequence what its sampling kept: nothing said of prompts, elsewhere 6 ids with its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        sorted({token, *torch.randperm(VOCAB, generator=generator)[:6].tolist()}) if place >= num_prompt else []
+        for sequence in sequences
+        for place, token in enumerate(sequence)
+    ]
+
+
+def as_mask(kept: list[list[int]]) -> SamplingMask:
+    counts = torch.tensor([0, *map(len, kept)])
+    return SamplingMask(counts.cumsum(0), torch.tensor([token for ids in kept for token in ids], dtype=torch.long))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_within_a_sampling_mask_the_kept_ids_alone_share_the_probability(temperature: float) -> None:
+    sequences = random_sequences(LENGTHS)
+    kept, (input_ids, position_ids, cu_seqlens) = kept_ids(sequences), pack(sequences)
+    masked = token_logprobs(
+        MODEL, input_ids, position_ids, cu_seqlens, temperature=temperature, sampling_mask=as_mask(kept), chunk_tokens=5
+    )
+    plain, plain_entropy = by_hand(sequences, temperature)
+    logits = packed_logits(MODEL, sequences).double() / temperature
+    for place, ids in enumerate(kept):
+        if not ids:  # a prompt's token: the whole vocabulary
+            assert masked.logprobs[place] == pytest.approx(float(plain[place]), abs=1e-5)
+            assert masked.entropy[place] == pytest.approx(float(plain_entropy[place]), abs=1e-5)
+            continue
+        among = logits[place - 1, ids].log_softmax(-1)
+        assert masked.logprobs[place] == pytest.approx(float(among[ids.index(int(input_ids[place]))]), abs=1e-5)
+        assert masked.entropy[place] == pytest.approx(float(-(among.exp() * among).sum()), abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_sampling_mask_and_a_token_mask_go_together_and_drafts_are_not_cut() -> None:
+    model = tiny_policy(replace(TINY, num_nextn_predict_layers=2))
+    sequences = random_sequences(LENGTHS)
+    packed, sampling_mask = pack(sequences), as_mask(kept_ids(sequences))
+    mask = torch.rand(sum(LENGTHS), generator=torch.Generator().manual_seed(0)) < 0.5
+    both = token_logprobs(model, *packed, mask=mask, sampling_mask=sampling_mask, mtp=True)
+    cut, plain = (token_logprobs(model, *packed, sampling_mask=m, mtp=True) for m in (sampling_mask, None))
+    assert torch.allclose(both.logprobs, cut.logprobs * mask, atol=1e-6)
+    assert torch.allclose(both.entropy, cut.entropy * mask, atol=1e-6)
+    assert (cut.logprobs - plain.logprobs).max() > 0.5
+    for drafted, expected in zip(cut.mtp_logprobs, plain.mtp_logprobs, strict=True):
+        assert torch.equal(drafted, expected)
+
+
+def test_a_token_that_its_sampling_did_not_keep_is_named() -> None:
+    sequences = random_sequences(LENGTHS)
+    kept, (input_ids, position_ids, cu_seqlens) = kept_ids(sequences), pack(sequences)
+    token = int(input_ids[5])
+    kept[5] = [token + 1 if token + 1 < VOCAB else 0]
+    with pytest.raises(ValueError, match=f"token 5 of the packed sequences has the id {token}, .* the 1 ids"):
+        token_logprobs(MODEL, input_ids, position_ids, cu_seqlens, sampling_mask=as_mask(kept))
+    mask = torch.ones(len(input_ids), dtype=torch.bool)
+    mask[5] = False  # nobody asks for it
+    token_logprobs(MODEL, input_ids, position_ids, cu_seqlens, mask=mask, sampling_mask=as_mask(kept))
+    with pytest.raises(ValueError, match="has 23 spans for 24 tokens"):
+        token_logprobs(MODEL, input_ids, position_ids, cu_seqlens, sampling_mask=as_mask(kept[:-1]))

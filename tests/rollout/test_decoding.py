@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from policy.deepseek import DeepseekPolicy
-from policy.logprobs import token_logprobs
+from policy.logprobs import SamplingMask, token_logprobs
 from rollout.engine import Completion, SamplingParams
 from rollout.torch_engine import TorchEngine
-from tests.policy.builders import TINY, VOCAB, pack, random_sequences, tiny_policy
+from tests.policy.builders import TINY, VOCAB, pack, packed_logits, random_sequences, tiny_policy
 
 DEEP = replace(TINY, num_nextn_predict_layers=3, max_position_embeddings=256)
 PROMPTS = [*random_sequences([5, 1, 9], seed=4), *random_sequences([5], seed=4)]
@@ -39,6 +41,15 @@ def foreseeing() -> DeepseekPolicy:
     return trained_to_look_ahead()
 
 
+def spans(completion: Completion) -> list[list[int]]:
+    """What was kept at each token."""
+    assert completion.sampling_mask is not None
+    offsets, token_ids = completion.sampling_mask
+    assert (offsets.dtype, token_ids.dtype) == (np.int64, np.int32)
+    assert (offsets[0], offsets[-1], len(offsets)) == (0, len(token_ids), len(completion.token_ids) + 1)
+    return [token_ids[start:end].tolist() for start, end in pairwise(offsets)]
+
+
 def completions(model: DeepseekPolicy, num_draft_tokens: int, **params: object) -> list[Completion]:
     engine = TorchEngine(model, num_draft_tokens=num_draft_tokens)
     sampling = SamplingParams(**{"max_completion_tokens": 40, "stop_token_ids": (7,), **params})
@@ -60,6 +71,57 @@ def test_drafts_change_no_token(foreseeing: DeepseekPolicy, depth: int, params: 
     plain, drafted = completions(foreseeing, 0, **params), completions(foreseeing, depth, **params)
     same(drafted, plain)
     assert all(c.num_draft_tokens == 0 for c in plain)
+
+
+CUTS = [{"top_k": 5}, {"top_p": 0.8}, {"top_k": 7, "top_p": 0.9, "temperature": 1.3}]
+
+
+@pytest.mark.parametrize(("depth", "cut"), list(zip([1, 2, 3], CUTS, strict=True)))
+def test_drafts_change_nothing_that_is_kept(foreseeing: DeepseekPolicy, depth: int, cut: dict[str, object]) -> None:
+    plain, drafted = (completions(foreseeing, n, return_sampling_mask=True, **cut) for n in (0, depth))
+    same(drafted, plain)
+    assert [spans(c) for c in drafted] == [spans(c) for c in plain]
+    assert sum(c.num_accepted_tokens for c in drafted) > 0
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_policy_cut_to_what_was_kept_has_the_engines_probabilities(cut: dict[str, object]) -> None:
+    model = tiny_policy(DEEP)
+    params = SamplingParams(max_completion_tokens=40, return_sampling_mask=True, stop_token_ids=(7,), **cut)  # type: ignore[arg-type]
+    sampled = TorchEngine(model, max_num_seqs=3).generate(PROMPTS, params, SEEDS)
+    with_mask, without = [], []
+    for prompt, completion in zip(PROMPTS, sampled, strict=True):
+        kept = [[]] * len(prompt) + spans(completion)
+        offsets = torch.tensor([0, *map(len, kept)]).cumsum(0)
+        mask = SamplingMask(offsets, torch.tensor([token for ids in kept for token in ids]))
+        for gaps, sampling_mask in ((with_mask, mask), (without, None)):
+            with torch.no_grad():
+                packed = pack([[*prompt, *completion.token_ids]])
+                own = token_logprobs(model, *packed, temperature=params.temperature, sampling_mask=sampling_mask)
+            gaps += (own.logprobs[len(prompt) :] - torch.tensor(completion.logprobs)).abs().tolist()
+    assert max(with_mask) < 1e-5
+    assert sum(without) / len(without) > 0.1
+
+
+def test_what_is_kept_are_the_likeliest_of_the_full_forward() -> None:
+    model = tiny_policy(DEEP)
+    params = SamplingParams(max_completion_tokens=20, top_k=6, top_p=0.7, temperature=0.9, return_sampling_mask=True)
+    for prompt, completion in zip(PROMPTS, TorchEngine(model).generate(PROMPTS, params, SEEDS), strict=True):
+        with torch.no_grad():
+            logits = packed_logits(model, [[*prompt, *completion.token_ids]])[len(prompt) - 1 : -1] / 0.9
+        for row, token, kept in zip(logits, completion.token_ids, spans(completion), strict=True):
+            probabilities, order = row.softmax(-1).sort(descending=True)
+            among = probabilities[:6] / probabilities[:6].sum()
+            assert kept == sorted(order[: int((among.cumsum(0) < 0.7).sum()) + 1].tolist())
+            assert token in kept
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0, "top_k": 3}, {"temperature": 1.0}])
+def test_where_nothing_is_cut_off_every_span_is_empty(params: dict[str, object]) -> None:
+    model = tiny_policy(DEEP)
+    for completion in completions(model, 0, return_sampling_mask=True, **params):
+        assert spans(completion) == [[]] * len(completion.token_ids)
+    assert all(c.sampling_mask is None for c in completions(model, 0, top_k=3))
 
 
 @pytest.mark.parametrize("depth", [1, 3])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from policy.checkpoint import CheckpointError, hf_state_dict
 from policy.deepseek import DeepseekPolicy
-from rollout.decoding import keep_top_p, sample_tokens
+from rollout.decoding import keep_top_k, keep_top_p, sample_tokens
 from rollout.engine import SamplingParams
 from rollout.torch_engine import TorchEngine
 
@@ -108,10 +108,28 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(values: list[float], top_p
     assert kept.all() or probabilities[kept].min() >= probabilities[~kept].max()
 
 
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.integers(0, 14))
+def test_top_k_keeps_the_k_largest_and_their_equals(values: list[int], top_k: int) -> None:
+    kept = keep_top_k(torch.tensor([values], dtype=torch.float32), top_k)[0]
+    bound = sorted(values, reverse=True)[min(top_k, len(values)) - 1] if top_k else min(values)
+    assert kept.tolist() == [value if value >= bound else float("-inf") for value in values]
+
+
+def test_top_p_counts_within_what_top_k_left() -> None:
+    # Of 0.4, 0.3, 0.2, 0.1 top-k leaves 4/7 and 3/7, of which the first alone reaches 0.5; without it two are needed.
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    uniform = torch.tensor([0.5], dtype=torch.float64)
+    for top_k, kept in [(2, [False, True, False, False]), (0, [False, True, False, True])]:
+        sampled = sample_tokens(logits, SamplingParams(top_k=top_k, top_p=0.5), uniform)
+        assert sampled.distribution.isfinite()[0].tolist() == kept
+        assert sampled.logprobs == sampled.distribution[0, sampled.token_ids]
+
+
 def test_sampled_frequencies_are_the_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
     uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    tokens, logprobs = sample_tokens(probabilities.log().expand(10_000, -1), SamplingParams(), uniforms)
+    tokens, logprobs, _ = sample_tokens(probabilities.log().expand(10_000, -1), SamplingParams(), uniforms)
     assert torch.bincount(tokens, minlength=5).tolist() == [5000, 0, 3000, 1500, 500]
     assert torch.allclose(logprobs.exp(), probabilities[tokens])
 
@@ -119,7 +137,7 @@ def test_sampled_frequencies_are_the_probabilities() -> None:
 @pytest.mark.parametrize("uniform", [0.0, 1.0])
 def test_the_ends_of_the_uniform_range_never_pick_an_impossible_token(uniform: float) -> None:
     logits = torch.tensor([[0.0, 1.0, 0.0, 2.0, 0.0]]).log()
-    tokens, _ = sample_tokens(logits, SamplingParams(), torch.tensor([uniform], dtype=torch.float64))
+    tokens, *_ = sample_tokens(logits, SamplingParams(), torch.tensor([uniform], dtype=torch.float64))
     assert tokens.item() == (1 if uniform == 0.0 else 3)
 
 
@@ -162,6 +180,7 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(
         ([], SamplingParams(max_completion_tokens=8), "prompt 1 is empty"),
         ([1], SamplingParams(max_completion_tokens=8, temperature=-1), "temperature"),
         ([1], SamplingParams(max_completion_tokens=0), "max_completion_tokens"),
+        ([1], SamplingParams(max_completion_tokens=8, top_k=-1), "top_k must be"),
     ],
 )
 def test_impossible_requests_are_refused(

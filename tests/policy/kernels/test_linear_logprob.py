@@ -13,14 +13,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from policy.kernels.linear_logprob import linear_logprob
+from policy.kernels.linear_logprob import SamplingMask, linear_logprob
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def plain(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The definition, with all logits at once and autograd's own backward."""
     logits = hidden @ weight.T
-    logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
-    return logprobs.gather(-1, targets[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)
+    logprobs = logits.log_softmax(-1)
+    finite = logprobs if allowed is None else logprobs.masked_fill(~allowed, 0.0)
+    return logprobs.gather(-1, targets[:, None]).squeeze(1), -(logprobs.exp() * finite).sum(-1)
+
+
+def spans(targets: Tensor, vocab: int = 31, seed: int = 0) -> tuple[SamplingMask, Tensor]:
+    """Random spans, each with its target and a fifth of them empty, and what they allow [N, V]."""
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(len(targets), 1, generator=generator)
+    allowed = torch.rand(len(targets), vocab, generator=generator) < share
+    allowed[torch.arange(len(targets)), targets] = True
+    empty = torch.rand(len(targets), generator=generator) < 0.2
+    counts = allowed.sum(1) * ~empty
+    offsets = torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0)))
+    return SamplingMask(offsets, (allowed & ~empty[:, None]).nonzero()[:, 1]), allowed | empty[:, None]
 
 
 def inputs(
@@ -60,6 +78,92 @@ def test_gradients_agree_with_finite_differences() -> None:
     assert torch.autograd.gradcheck(
         lambda h, w: linear_logprob(h, w, targets, 0.7, chunk_tokens=3), (hidden, weight), raise_exception=True
     )
+
+
+@pytest.mark.parametrize("which", ["logprob", "entropy", "logprob and entropy"])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 40])
+def test_within_spans_values_and_gradients_are_those_of_the_plain_form(which: str, chunk_tokens: int) -> None:
+    hidden, weight, targets = inputs(40, dtype=torch.float64)
+    mask, allowed = spans(targets)
+    assert 0 < (mask.offsets.diff() == 0).sum() < 20
+    expected = plain(hidden, weight, targets, 0.7, allowed)
+    ours = linear_logprob(hidden, weight, targets, 0.7, chunk_tokens=chunk_tokens, sampling_mask=mask)
+    for value, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    wanted_grads = gradients(expected, hidden, weight, which)
+    for grad, wanted in zip(gradients(ours, hidden, weight, which), wanted_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_within_spans_narrow_types_are_normalised_in_fp32(dtype: torch.dtype) -> None:
+    hidden, weight, targets = inputs(50, dtype=dtype)
+    mask, allowed = spans(targets)
+    ours = linear_logprob(hidden, weight, targets, chunk_tokens=16, sampling_mask=mask)
+    for value, wanted in zip(ours, plain(hidden, weight, targets, allowed=allowed), strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+    wide = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = gradients(plain(*wide, targets, allowed=allowed), *wide, "logprob and entropy")
+    bound = 1e-5 if dtype == torch.float32 else 0.01
+    for grad, wanted in zip(gradients(ours, hidden, weight, "logprob and entropy"), exact, strict=True):
+        assert (grad - wanted).norm() < bound * wanted.norm()
+
+
+def test_within_spans_gradients_agree_with_finite_differences() -> None:
+    hidden, weight, _ = inputs(4, dim=3, vocab=5, dtype=torch.float64)
+    targets = torch.tensor([1, 4, 0, 2])
+    mask = SamplingMask(torch.tensor([0, 2, 2, 3, 7]), torch.tensor([1, 3, 0, 4, 0, 2, 1]))
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logprob(h, w, targets, 0.7, chunk_tokens=3, sampling_mask=mask),
+        (hidden, weight),
+        raise_exception=True,
+    )
+
+
+@settings(deadline=None, derandomize=True, max_examples=15)
+@given(rows=st.integers(1, 12), seed=st.integers(0, 100))
+def test_spans_that_are_empty_or_hold_every_id_change_nothing(rows: int, seed: int) -> None:
+    hidden, weight, targets = inputs(rows, seed=seed)
+    whole = SamplingMask(torch.arange(rows + 1) * 31, torch.arange(31).repeat(rows))
+    empty = SamplingMask(torch.zeros(rows + 1, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    results = []
+    for mask in (None, whole, empty):
+        outputs = linear_logprob(hidden, weight, targets, chunk_tokens=5, sampling_mask=mask)
+        results.append((*outputs, *gradients(outputs, hidden, weight, "logprob and entropy")))
+    for ours in results[1:]:
+        assert all(torch.equal(value, wanted) for value, wanted in zip(ours, results[0], strict=True))
+
+
+def test_the_only_id_of_a_span_is_certain_whatever_the_others_are() -> None:
+    hidden = torch.tensor([[1e30], [2.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+    mask = SamplingMask(torch.tensor([0, 1, 2]), torch.tensor([1, 2]))
+    logprobs, entropy = linear_logprob(hidden, weight, torch.tensor([1, 2]), sampling_mask=mask)
+    assert logprobs.tolist() == entropy.tolist() == [0, 0]
+    (logprobs.sum() + 3 * entropy.sum()).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
+
+
+def test_spans_do_not_hide_a_number_that_is_none() -> None:
+    hidden, weight, targets = inputs(3)
+    hidden = hidden.detach().clone()
+    hidden[1] = math.nan
+    logprobs, entropy = linear_logprob(hidden, weight, targets, sampling_mask=spans(targets)[0])
+    assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(places=st.lists(st.integers(0, 9), max_size=14), seed=st.integers(0, 50))
+def test_selected_spans_are_those_of_the_selected_tokens(places: list[int], seed: int) -> None:
+    mask, _ = spans(torch.arange(10), seed=seed)
+    chosen = mask.select(torch.tensor(places, dtype=torch.long))
+    kept = [mask.token_ids[mask.offsets[i] : mask.offsets[i + 1]].tolist() for i in places]
+    assert chosen.token_ids.tolist() == [token for span in kept for token in span]
+    assert chosen.offsets.diff().tolist() == [len(span) for span in kept]
 
 
 def test_fp32_gives_fp32_and_agrees_to_1e_5() -> None:
@@ -216,6 +320,24 @@ def test_what_is_out_of_order_is_refused(change: dict[str, object], message: str
         linear_logprob(**({"hidden": hidden, "weight": weight, "targets": targets} | change))
 
 
+@pytest.mark.parametrize(
+    ("offsets", "ids", "message"),
+    [
+        ([0, 2, 2, 4], [0, 1, 2, 5], "target 9 of row 0 is not among the 2 ids of its span"),
+        ([0, 1, 2], [9, 8], r"for 3 targets it must be \[4\] and \[n\]"),
+        ([0, 1, 2, 4], [9, 8, 2], "must rise from 0 to its 3 ids"),
+        ([0, 2, 1, 3], [9, 8, 2], "must rise from 0 to its 3 ids"),
+        ([0, 1, 2, 3], [9, 8, 31], "ids run from 8 to 31, the vocabulary from 0 to 30"),
+        ([0.0, 1.0, 2.0, 3.0], [9, 8, 7], "must be int64, not torch.float32"),
+    ],
+)
+def test_spans_out_of_order_are_refused(offsets: list[int], ids: list[int], message: str) -> None:
+    hidden, weight, _ = inputs(3)
+    mask = SamplingMask(torch.tensor(offsets), torch.tensor(ids))
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(hidden, weight, torch.tensor([9, 8, 7]), sampling_mask=mask)
+
+
 MEASURE = """
 import resource, sys, torch
 
@@ -224,7 +346,12 @@ def peak_bytes():  # not ru_maxrss, which a process inherits from the one that s
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
 
 torch.set_num_threads(1)
-from policy.kernels.linear_logprob import linear_logprob
+from policy.kernels.linear_logprob import SamplingMask, linear_logprob
+
+def within_spans(hidden, weight, targets):
+    n = len(targets)
+    ids = torch.cat((targets[:, None], (targets[:, None] + torch.arange(1, 50)) % len(weight)), 1)
+    return linear_logprob(hidden, weight, targets, sampling_mask=SamplingMask(torch.arange(n + 1) * 50, ids.flatten()))
 
 def plain(hidden, weight, targets):
     logprobs = (hidden @ weight.T).log_softmax(-1)
@@ -234,7 +361,7 @@ def run(form, hidden, weight, targets):
     logprobs, entropy = form(hidden, weight, targets)
     (logprobs.sum() + 0.1 * entropy.sum()).backward()
 
-form = {"plain": plain, "ours": linear_logprob}[sys.argv[1]]
+form = {"plain": plain, "ours": linear_logprob, "within spans": within_spans}[sys.argv[1]]
 rows, vocab, dim, dtype = int(sys.argv[2]), int(sys.argv[3]), 64, getattr(torch, sys.argv[4])
 hidden = torch.randn(rows, dim, dtype=dtype).requires_grad_()
 weight = torch.randn(vocab, dim, dtype=dtype).requires_grad_()
@@ -260,11 +387,11 @@ def extra_bytes(form: str, rows: int, vocab: int, dtype: str) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_under_15_percent_of_the_logits(dtype: str) -> None:
+@pytest.mark.parametrize(("form", "dtype"), [("ours", "float32"), ("ours", "bfloat16"), ("within spans", "float32")])
+def test_memory_is_under_15_percent_of_the_logits(form: str, dtype: str) -> None:
     """D = 64; counted is all resident memory beyond the inputs and their gradients, against [N, V] in fp32."""
     rows, vocab = 8192, 32768
-    assert 0 < extra_bytes("ours", rows, vocab, dtype) < 0.15 * 4 * rows * vocab
+    assert 0 < extra_bytes(form, rows, vocab, dtype) < 0.15 * 4 * rows * vocab
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
