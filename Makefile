@@ -17,8 +17,7 @@ setup:  ## make .venv with the pinned packages and groupzero in it; skips what i
 	@scripts/setup.sh
 
 quickstart: setup  ## train a small policy to reason, on this machine
-	@.venv/bin/groupzero train configs/quickstart.toml seed=$(SEED) \
-		$(if $(wildcard runs/quickstart-$(SEED)/config.toml),--resume)
+	@.venv/bin/groupzero train configs/quickstart.toml seed=$(SEED)
 
 test: setup  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)

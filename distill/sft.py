@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import math
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from policy.layer_groups import layer_group
 from policy.logprobs import token_logprobs
 from policy.optim import Muon, warmup_then_linear
 from policy.packing import layout, pack_by_length
-from rollout.durable import write_json
+from rollout.durable import replacing, write_json
 from rollout.engine import SamplingParams
 from rollout.errors import UserError
 from rollout.evaluation import evaluate
@@ -181,7 +180,8 @@ def output_folder(config: SftConfig) -> Path:
 def train_sft(config: SftConfig, observer: Observer) -> SftResult:
     """The trained checkpoint of a config, made now unless it is there already; UserError or SftError says what is wrong.
 
-    Asked to stop by SIGINT or SIGTERM it saves what it has, raises RunInterrupted, and the next call goes on from there.
+    Asked to stop by SIGINT or SIGTERM it saves what it has, raises RunInterrupted, and the next call goes on from there;
+    killed, it goes on from the last of the states that it saves every `eval.every_steps`.
     """
     started = time.monotonic()
     folder = output_folder(config)
@@ -200,7 +200,7 @@ class _Training:
     def __init__(self, config: SftConfig, folder: Path, pool: ScorePool, observer: Observer):
         torch.set_num_threads(config.num_threads)
         self.config, self.folder, self.pool, self.observer = config, folder, pool, observer
-        self.partial = folder.with_name(f"{folder.name}.partial")
+        self.partial = folder.with_name(f"{folder.name}.partial.pt")
         self.documents = load_tasks(config.data)
         held_out = load_tasks(config.eval.data)
         count = min(config.eval.num_problems, len(held_out))
@@ -250,7 +250,7 @@ class _Training:
             f"{size.total / 1e6:.2f}M parameters, {size.active / 1e6:.2f}M active; "
             f"decay at pass@1 {config.eval.decay_at_pass_at_1:g}",
         )
-        if (self.partial / "state.pt").exists():
+        if self.partial.exists():
             self._resume()
         optimizer = config.optimizer
         quality = 0.0
@@ -269,6 +269,8 @@ class _Training:
                     self.decay_from = self.step
                 elif self._done() and quality < config.eval.required_pass_at_1:
                     self._once_more()
+            if self.step % config.eval.every_steps == 0 and not self._done():
+                self._save_partial()
             self.observer.step(self.step, self._decay()[1], metrics)
         if quality < config.eval.required_pass_at_1:
             raise SftError(
@@ -279,7 +281,7 @@ class _Training:
             save_policy(self.model, temporary)
             self.tokenizer.save_pretrained(temporary)
             write_json(temporary / "quality.json", {"pass_at_1": quality, "steps": self.step, "seed": config.seed})
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.unlink(missing_ok=True)
 
     def _decay(self) -> tuple[int, int]:
         """The steps at which the rates begin to fall and reach 0, as far as is known now."""
@@ -393,18 +395,18 @@ class _Training:
         return result.pass_at_1
 
     def _save_partial(self) -> None:
-        with atomic_folder(self.partial) as temporary:
-            state = {
-                "step": self.step,
-                "decay_from": self.decay_from,
-                "model": self.model.state_dict(),
-                "muon": self.muon.state_dict(),
-                "adamw": self.adamw.state_dict(),
-            }
-            torch.save(state, temporary / "state.pt")
+        state = {
+            "step": self.step,
+            "decay_from": self.decay_from,
+            "model": self.model.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adamw": self.adamw.state_dict(),
+        }
+        with replacing(self.partial) as temporary:
+            torch.save(state, temporary)
 
     def _resume(self) -> None:
-        state = torch.load(self.partial / "state.pt", map_location=self.device, weights_only=True)
+        state = torch.load(self.partial, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])

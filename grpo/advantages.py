@@ -2,48 +2,118 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-AdvantageStd = Literal["group", "none"]
+AdvantageBaseline = Literal["group_mean", "leave_one_out"]
+AdvantageStd = Literal["group", "batch", "none"]
 
 
-def group_advantages(rewards: Tensor, *, std: AdvantageStd = "group", ddof: int = 1, eps: float = 1e-6) -> Tensor:
-    """Reward minus group mean, over (std + eps) if `std="group"`; [num_prompts, group_size] in and out.
+def group_advantages(
+    rewards: Tensor,
+    *,
+    baseline: AdvantageBaseline = "group_mean",
+    std: AdvantageStd = "group",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    judged: Tensor | None = None,
+) -> Tensor:
+    """Reward minus baseline, over (std + eps) unless `std="none"`; [num_prompts, group_size] in and out.
 
-    `std="group"` is DeepSeekMath's (arXiv 2402.03300, 4.1.2), `std="none"` that of Dr. GRPO and DeepSeek-V3.2. `ddof`
-    is subtracted from the group size under the variance: 1 in TRL and verl, 0 for the population's. Equal rewards, and
-    a group of one, give exactly 0. Raises ValueError for another shape or `std`, and for a reward that is not finite.
+    Baseline: the mean of the group (DeepSeekMath, arXiv 2402.03300, 4.1.2) or of its other samples (RLOO, arXiv
+    2402.14740). Std: of the group, of all rewards of the step ("batch"), or none (Dr. GRPO, DeepSeek-V3.2). `ddof` is
+    subtracted from the count under the variance. Samples that `judged` (bool, same shape) leaves out get 0 and take no
+    part in any statistic, whatever their reward says. Equal rewards, and fewer than two judged samples, give exactly 0.
+    Raises ValueError for another shape or choice, and for a judged reward that is not finite.
     """
-    _check_rewards(rewards)
-    if std not in ("group", "none"):
-        raise ValueError(f"std must be 'group' or 'none', not {std!r}")
-    if ddof < 0 or eps < 0:
-        raise ValueError(f"ddof and eps must not be negative, got ddof={ddof}, eps={eps}")
-    deviations = rewards - rewards.mean(dim=1, keepdim=True)
+    judged = _checked(rewards, judged, ddof, eps)
+    rewards = torch.where(judged, rewards, torch.zeros_like(rewards))
+    count = judged.sum(dim=1, keepdim=True).to(rewards.dtype)
+    deviations = _deviations(rewards, judged, count, 1)
+    if baseline == "leave_one_out":
+        # R - mean of the others = (R - mean) n / (n - 1)
+        advantages = deviations * count / (count - 1).clamp(min=1)
+    elif baseline == "group_mean":
+        advantages = deviations
+    else:
+        raise ValueError(f"baseline must be 'group_mean' or 'leave_one_out', not {baseline!r}")
     if std == "group":
-        # A group no larger than ddof has no variance; the count is floored because its deviations are zeroed below.
-        count = max(rewards.shape[1] - ddof, 1)
-        variance = deviations.square().sum(dim=1, keepdim=True) / count
-        deviations = deviations / (variance.sqrt() + eps)
+        advantages = advantages / (_std(deviations, count, 1, ddof) + eps)
+    elif std == "batch":
+        total = judged.sum().to(rewards.dtype).reshape(1, 1)
+        advantages = advantages / (_std(_deviations(rewards, judged, total, (0, 1)), total, (0, 1), ddof) + eps)
+    elif std != "none":
+        raise ValueError(f"std must be 'group', 'batch' or 'none', not {std!r}")
     # The mean of equal floats may differ from them in the last bit, and dividing by a tiny std would blow that up.
-    informative = informative_groups(rewards).unsqueeze(1)
-    return torch.where(informative, deviations, torch.zeros_like(deviations))
+    informative = informative_groups(rewards, judged).unsqueeze(1)
+    return torch.where(judged & informative, advantages, torch.zeros_like(advantages))
 
 
-def informative_groups(rewards: Tensor) -> Tensor:
-    """Whether each group has two different rewards, and so a gradient; [num_prompts, group_size] to [num_prompts]."""
-    return (rewards != rewards[:, :1]).any(dim=1)
+def reward_advantages(
+    components: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    *,
+    baseline: AdvantageBaseline = "group_mean",
+    std: AdvantageStd = "group",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    judged: Tensor | None = None,
+) -> Tensor:
+    """Weighted sum of each reward's own advantages within its group, all [num_prompts, group_size] (GDPO, 2601.05242).
+
+    A reward of small spread so counts as much as one of large spread. `std="batch"` is GDPO as published: each reward
+    over its group's std, then their sum over its std in the step; "group" leaves the second division out, "none" both.
+    Raises ValueError unless weights and components have the same names, and as `group_advantages` does.
+    """
+    if not components or components.keys() != weights.keys():
+        raise ValueError(f"rewards {sorted(components)} need weights of the same names, got {sorted(weights)}")
+    within: AdvantageStd = "group" if std == "batch" else std
+    parts = [
+        weights[name] * group_advantages(rewards, baseline=baseline, std=within, ddof=ddof, eps=eps, judged=judged)
+        for name, rewards in components.items()
+    ]
+    total = torch.stack(parts).sum(dim=0)
+    if std != "batch":
+        return total
+    judged = torch.ones_like(total, dtype=torch.bool) if judged is None else judged
+    count = judged.sum().to(total.dtype).reshape(1, 1)
+    scaled = total / (_std(_deviations(total, judged, count, (0, 1)), count, (0, 1), ddof) + eps)
+    return torch.where(total == 0, total, scaled)  # 0 / 0 where no reward says anything
 
 
-def _check_rewards(rewards: Tensor) -> None:
+def informative_groups(rewards: Tensor, judged: Tensor | None = None) -> Tensor:
+    """Whether each group has two different (judged) rewards, and so a gradient; [num_prompts, group_size] to [num_prompts]."""
+    judged = torch.ones_like(rewards, dtype=torch.bool) if judged is None else judged
+    infinity = torch.full_like(rewards, float("inf"))
+    lowest = torch.where(judged, rewards, infinity).amin(dim=1)
+    return torch.where(judged, rewards, -infinity).amax(dim=1) > lowest
+
+
+def _deviations(rewards: Tensor, judged: Tensor, count: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    mean = rewards.sum(dim=dim, keepdim=True) / count.clamp(min=1)
+    return torch.where(judged, rewards - mean, torch.zeros_like(rewards))
+
+
+def _std(deviations: Tensor, count: Tensor, dim: int | tuple[int, int], ddof: int) -> Tensor:
+    # No more samples than ddof have no variance; the count is floored because their deviations are zero.
+    return (deviations.square().sum(dim=dim, keepdim=True) / (count - ddof).clamp(min=1)).sqrt()
+
+
+def _checked(rewards: Tensor, judged: Tensor | None, ddof: int, eps: float) -> Tensor:
     if rewards.ndim != 2 or rewards.shape[1] == 0:
         raise ValueError(f"rewards must be [num_prompts, group_size] with group_size >= 1, got {list(rewards.shape)}")
     if not rewards.is_floating_point():
         raise ValueError(f"rewards must be floating point, got {rewards.dtype}")
-    finite = torch.isfinite(rewards)
-    if not bool(finite.all()):
-        group, sample = (~finite).nonzero()[0].tolist()
+    if ddof < 0 or eps < 0:
+        raise ValueError(f"ddof and eps must not be negative, got ddof={ddof}, eps={eps}")
+    judged = torch.ones_like(rewards, dtype=torch.bool) if judged is None else judged
+    if judged.shape != rewards.shape or judged.dtype != torch.bool:
+        raise ValueError(f"judged must be bool {list(rewards.shape)}, got {judged.dtype} {list(judged.shape)}")
+    broken = judged & ~torch.isfinite(rewards)
+    if bool(broken.any()):
+        group, sample = broken.nonzero()[0].tolist()
         raise ValueError(f"reward of group {group}, sample {sample} is {rewards[group, sample].item()}, not a number")
+    return judged

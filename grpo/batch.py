@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from grpo.losses import Aggregation, token_weights
-from policy.packing import layout, pack_by_length
+from policy.logprobs import SamplingMask
+from policy.packing import balance_over_ranks, layout
 from rollout.errors import UserError
 from rollout.records import Sample
 
@@ -25,7 +26,9 @@ class Batch:
     `input_ids`, `position_ids` and `sequence_ids` (0 to B-1) are int64 [T]; `cu_seqlens` int32 [B+1], where each
     sequence starts, then T; `completion_mask` bool [T]; `rollout_logprobs` (nats, 0 on prompts) and `advantages` (one
     value per sequence) floating [T]. `sequence_index` int64 [B] is each sequence's place in the step's list of samples.
-    `routed_experts` int64 [T, MoE layers, top-k] are the engine's choices, -1 where it made none; None if not recorded.
+    `truncated` bool [B] is true where the completion was cut off at the length limit. `routed_experts` int64 [T, MoE
+    layers, top-k] are the engine's choices, -1 where it made none, and `sampling_mask` the token ids that sampling kept,
+    one span per token, empty on prompts: both None if not recorded.
     `old_logprobs`, `ref_logprobs` and `weights` [T] are None until the learner fills them, with `dataclasses.replace`.
     """
 
@@ -37,7 +40,9 @@ class Batch:
     rollout_logprobs: Tensor
     advantages: Tensor
     sequence_index: Tensor
+    truncated: Tensor | None = None
     routed_experts: Tensor | None = None
+    sampling_mask: SamplingMask | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     weights: Tensor | None = None
@@ -59,8 +64,21 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with every tensor on `device`."""
-        tensors = {name: value.to(device, non_blocking=non_blocking) for name, value in _tensors(self).items()}
-        return dataclasses.replace(self, **tensors)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+        mask = None if self.sampling_mask is None else SamplingMask(*map(move, self.sampling_mask))
+        return dataclasses.replace(self, **moved, sampling_mask=mask)
+
+    def with_advantages(self, advantages: Sequence[float] | Tensor) -> Batch:
+        """The same batch with other advantages, one per sequence (any shape of B values)."""
+        values = torch.as_tensor(advantages, dtype=self.advantages.dtype).reshape(-1)
+        if values.numel() != self.num_sequences:
+            raise UserError(f"{self.num_sequences} samples need as many advantages, got {values.numel()}")
+        return dataclasses.replace(self, advantages=values.to(self.sequence_ids.device)[self.sequence_ids])
 
 
 _PER_TOKEN = (
@@ -105,7 +123,9 @@ def build_batch(
         rollout_logprobs=torch.from_numpy(np.concatenate(rollout)).to(dtype),
         advantages=values[sequence_ids],
         sequence_index=torch.arange(len(samples)),
+        truncated=torch.tensor([sample.finish_reason == "length" for sample in samples]),
         routed_experts=_routed_experts(samples),
+        sampling_mask=_sampling_mask(samples),
     )
 
 
@@ -124,6 +144,35 @@ def _routed_experts(samples: Sequence[Sample]) -> Tensor | None:
             )
         parts.append(s.routed_experts.astype(np.int64))
     return torch.from_numpy(np.concatenate(parts))
+
+
+def _sampling_mask(samples: Sequence[Sample]) -> SamplingMask | None:
+    """A span for each of the T tokens, if every sample has its own; UserError for anything between, naming the sample."""
+    if all(sample.sampling_mask is None for sample in samples):
+        return None
+    counts, token_ids = [], []
+    for s in samples:
+        if s.sampling_mask is None or len(s.sampling_mask.offsets) != len(s.completion_ids) + 1:
+            found = "none" if s.sampling_mask is None else f"that of {len(s.sampling_mask.offsets) - 1}"
+            raise UserError(
+                f"sample {s.sample_index} of task {s.task_id} has {len(s.completion_ids)} completion tokens and a "
+                f"sampling_mask of {found}: the engine must return it for every token of every sample, or for no sample"
+            )
+        counts += [np.zeros(len(s.prompt_ids), dtype=np.int64), np.diff(s.sampling_mask.offsets)]
+        token_ids.append(s.sampling_mask.token_ids)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
+    return SamplingMask(torch.from_numpy(offsets), torch.from_numpy(np.concatenate(token_ids).astype(np.int64)))
+
+
+def with_truncated_masked(batch: Batch) -> Batch:
+    """The batch whose completions that were cut off at the length limit are out of its `completion_mask`.
+
+    Before `with_weights`: their tokens then count in no mean. Raises ValueError where the batch does not know them.
+    """
+    if batch.truncated is None:
+        raise ValueError("the batch does not say which completions were cut off: build it with `truncated`")
+    keep = ~batch.truncated[batch.sequence_ids]
+    return dataclasses.replace(batch, completion_mask=batch.completion_mask & keep)
 
 
 def with_weights(
@@ -153,14 +202,26 @@ def with_weights(
 
 def select_sequences(batch: Batch, indices: Sequence[int]) -> Batch:
     """A batch of the sequences at `indices` (places in this batch), in that order; `weights` are kept as they are."""
-    device = batch.input_ids.device
-    chosen = torch.tensor(list(indices), dtype=torch.int64, device=device)
-    lengths = batch.cu_seqlens.diff().long()[chosen]
-    sequence_ids, position_ids, cu_seqlens = layout(lengths)
-    source = batch.cu_seqlens.long()[chosen][sequence_ids] + position_ids
+    chosen = torch.tensor(list(indices), dtype=torch.int64, device=batch.input_ids.device)
+    sequence_ids, _, cu_seqlens = layout(batch.cu_seqlens.diff().long()[chosen])
+    source = token_places(batch, indices)
     per_token = {name: getattr(batch, name) for name in _PER_TOKEN}
     taken: dict[str, Any] = {name: None if value is None else value[source] for name, value in per_token.items()}
-    return Batch(**taken, sequence_ids=sequence_ids, cu_seqlens=cu_seqlens, sequence_index=batch.sequence_index[chosen])
+    return Batch(
+        **taken,
+        sequence_ids=sequence_ids,
+        cu_seqlens=cu_seqlens,
+        sequence_index=batch.sequence_index[chosen],
+        truncated=None if batch.truncated is None else batch.truncated[chosen],
+        sampling_mask=None if batch.sampling_mask is None else batch.sampling_mask.select(source),
+    )
+
+
+def token_places(batch: Batch, indices: Sequence[int]) -> Tensor:
+    """Where the tokens of the sequences at `indices` stand in this batch, one sequence after the other; int64 [n]."""
+    chosen = torch.tensor(list(indices), dtype=torch.int64, device=batch.input_ids.device)
+    sequence_ids, position_ids, _ = layout(batch.cu_seqlens.diff().long()[chosen])
+    return batch.cu_seqlens.long()[chosen][sequence_ids] + position_ids
 
 
 def concat_batches(batches: Sequence[Batch]) -> Batch:
@@ -171,17 +232,24 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
     if not batches:
         raise ValueError("nothing to concatenate: the list of batches is empty")
     joined: dict[str, Any] = {}
-    for name in _PER_TOKEN:
+    for name in (*_PER_TOKEN, "truncated", "sampling_mask"):
         values = [getattr(batch, name) for batch in batches]
         present = [value for value in values if value is not None]
         if present and len(present) != len(values):
             raise ValueError(f"{name} is present in {len(present)} of {len(values)} batches: fill it in all or in none")
-        joined[name] = torch.cat(present) if present else None
+        join = _join_masks if name == "sampling_mask" else torch.cat
+        joined[name] = join(present) if present else None
     lengths = torch.cat([batch.cu_seqlens.diff().long() for batch in batches])
     sequence_ids, _, cu_seqlens = layout(lengths)
     sequence_index = torch.cat([batch.sequence_index for batch in batches])
     whole = Batch(**joined, sequence_ids=sequence_ids, cu_seqlens=cu_seqlens, sequence_index=sequence_index)
     return select_sequences(whole, sequence_index.argsort(stable=True).tolist())
+
+
+def _join_masks(masks: Sequence[SamplingMask]) -> SamplingMask:
+    counts = torch.cat([mask.offsets.diff() for mask in masks])
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    return SamplingMask(offsets, torch.cat([mask.token_ids for mask in masks]))
 
 
 def split_minibatches(batch: Batch, num_minibatches: int, *, seed: int | None = None) -> list[Batch]:
@@ -206,6 +274,15 @@ def split_microbatches(batch: Batch, max_tokens_per_microbatch: int) -> list[Bat
 
     Neither loss nor gradient depends on it (weights are fixed before). Raises UserError for a sequence above the limit.
     """
+    (own,) = plan_microbatches(batch, max_tokens_per_microbatch)
+    return [select_sequences(batch, places) for places in own]
+
+
+def plan_microbatches(batch: Batch, max_tokens_per_microbatch: int, num_ranks: int = 1) -> list[list[list[int]]]:
+    """The places of each micro-batch's sequences, for every rank; see `balance_over_ranks`.
+
+    Raises UserError for a sequence above the limit.
+    """
     lengths = batch.cu_seqlens.diff().tolist()
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] > max_tokens_per_microbatch:
@@ -213,12 +290,7 @@ def split_microbatches(batch: Batch, max_tokens_per_microbatch: int) -> list[Bat
             f"max_tokens_per_microbatch = {max_tokens_per_microbatch} is below the {lengths[longest]} tokens of sample "
             f"{int(batch.sequence_index[longest])}: raise it to the longest prompt plus completion, or shorten those"
         )
-    return [select_sequences(batch, group) for group in pack_by_length(lengths, max_tokens_per_microbatch)]
-
-
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return {name: value for name, value in values.items() if value is not None}
+    return balance_over_ranks(lengths, num_ranks, max_tokens_per_microbatch)
 
 
 def _check_sample(sample: Sample, advantage: float) -> None:

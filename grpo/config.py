@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from grpo.algorithm_config import AlgorithmConfig
 from policy.layer_groups import LAYER_GROUPS
 from rollout.cluster import EngineConfig
 from rollout.tasks import DataConfig
@@ -61,66 +62,52 @@ class ScoringConfig(_Table):
     )
 
 
+class LengthCap(_Table):
+    """A longest completion from some step on."""
+
+    from_step: int = Field(ge=1, description="first step it holds for")
+    max_completion_tokens: int = Field(ge=1, description="longest completion from there on, in tokens")
+
+
 class TrainSamplingConfig(_Table):
-    """How training samples are drawn. There is no top_p: cutting off tokens would make the ratios wrong."""
+    """How training samples are drawn."""
 
     temperature: float = Field(
         default=1.0, gt=0, description="softmax temperature, of the engine and of the learner alike"
     )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="nucleus sampling; below 1 needs algorithm.sampling_mask_replay"
+    )
+    top_k: int = Field(
+        default=0, ge=0, description="sample from the k likeliest tokens, 0: all; needs algorithm.sampling_mask_replay"
+    )
     max_completion_tokens: int = Field(default=256, ge=1, description="longest completion, in tokens")
-
-
-class AlgorithmConfig(_Table):
-    """The loss; formulas and sources in docs/LOSSES.md."""
-
-    advantage_std: Literal["group", "none"] = Field(
-        default="group", description="divide advantages by the group's std, or not"
+    length_schedule: tuple[LengthCap, ...] = Field(
+        default=(), description="longer limits from later steps on (R1-Zero: 32,768, from rollout step 512 on 65,536)"
     )
-    advantage_ddof: int = Field(default=1, ge=0, le=1, description="degrees of freedom taken off in that std")
-    advantage_eps: float = Field(default=1e-6, ge=0, description="added to that std")
-    ratio_level: Literal["token", "sequence"] = Field(
-        default="token", description="importance ratio per token or sequence (GSPO)"
-    )
-    surrogate: Literal["clip", "cispo"] = Field(
-        default="clip", description="PPO's clipped surrogate, or CISPO's clipped weight"
-    )
-    clip_low: float = Field(default=0.2, ge=0, lt=1, description="the ratio is clipped below 1 - clip_low")
-    clip_high: float = Field(default=0.28, ge=0, description="the ratio is clipped above 1 + clip_high")
-    dual_clip: float | None = Field(
-        default=None, gt=1, description="bound on the loss of a negative advantage, times |A|"
-    )
-    cispo_ratio_max: float = Field(
-        default=5.0, gt=0, description="largest importance weight of CISPO (a ratio, not a distance)"
-    )
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = Field(
-        default="token_mean", description="how token losses are summed over an optimizer step"
-    )
-    constant_length: int | None = Field(
-        default=None, ge=1, description="the constant of aggregation 'constant', in tokens"
-    )
-    kl_coef: float = Field(
-        default=0.001,
-        ge=0,
-        allow_inf_nan=False,
-        description="weight of the KL to the reference; 0 loads no reference",
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k3", description="estimator of that KL per token")
-    kl_importance_weighted: bool = Field(
-        default=False, description="weight the KL by the ratio (DeepSeek-V3.2's unbiased estimate)"
-    )
-    routing_replay: bool = Field(
-        default=False,
-        description="route the learner's tokens to the experts that the engine chose (needs engine.return_routed_experts)",
-    )
-    reference_refresh_steps: int = Field(
-        default=0, ge=0, description="the reference becomes the policy every so many steps; 0: never"
+    num_prompts_per_call: int | None = Field(
+        default=None,
+        ge=1,
+        description="prompts per call of the engines, scored while the next are sampled; finished calls outlive a killed "
+        "run. By default all of a step",
     )
 
     @model_validator(mode="after")
-    def _complete(self) -> AlgorithmConfig:
-        if self.aggregation == "constant" and self.constant_length is None:
-            raise ValueError("aggregation 'constant' needs constant_length")
+    def _growing(self) -> TrainSamplingConfig:
+        steps = [cap.from_step for cap in self.length_schedule]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"length_schedule must be in the order of from_step, each once, not {steps}")
         return self
+
+    def max_tokens_at(self, step: int) -> int:
+        """The longest completion at a step (from 0)."""
+        reached = [cap.max_completion_tokens for cap in self.length_schedule if cap.from_step <= step]
+        return reached[-1] if reached else self.max_completion_tokens
+
+    @property
+    def longest(self) -> int:
+        """The longest completion of the whole run."""
+        return max([self.max_completion_tokens, *(cap.max_completion_tokens for cap in self.length_schedule)])
 
 
 def _known_groups(scale: dict[str, float]) -> dict[str, float]:
@@ -159,7 +146,24 @@ class LearnerConfig(_Table):
     activation_checkpointing: bool = Field(
         default=False, description="keep each layer's input only and compute the rest again: less memory, more time"
     )
-    num_minibatches: int = Field(default=1, ge=1, description="optimizer steps per rollout step")
+    num_minibatches: int = Field(
+        default=1, ge=1, description="parts of a rollout step's samples, one optimizer step each (R1-Zero: 16)"
+    )
+    num_epochs: int = Field(default=1, ge=1, description="times that a rollout step's samples are learned from")
+    num_ranks: int = Field(default=1, ge=1, description="learner processes that share the policy (FSDP2)")
+    expert_parallel: int = Field(default=1, ge=1, description="processes that a layer's experts are split over")
+    placement: Literal["in_process", "ray"] = Field(
+        default="in_process", description="ray: each learner process is a Ray actor; in_process: one, this one"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="type of the products; weights and optimizer states are float32 in both"
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="keep the optimizer's states in main memory between optimizer steps"
+    )
+    step_timeout_s: float = Field(
+        default=3600.0, gt=0, description="longest call of the learner processes, in seconds (placement=ray)"
+    )
     max_tokens_per_microbatch: int = Field(
         default=8192, ge=1, description="tokens in one forward pass; a matter of memory only"
     )
@@ -193,7 +197,47 @@ class CheckpointConfig(_Table):
     """What is kept for resuming and for use."""
 
     every_steps: int = Field(default=20, ge=1, description="a checkpoint every so many steps, and one at the end")
-    keep: int = Field(default=2, ge=1, description="how many of the newest are kept")
+    keep_last: int = Field(default=2, ge=1, description="how many of the newest are kept")
+    keep_every: int = Field(default=0, ge=0, description="keep those of every so many steps for good; 0: none")
+    keep_best: bool = Field(
+        default=False, description="keep the one with the best held-out pass@1 (needs eval.every_steps)"
+    )
+    asynchronous: bool = Field(default=True, description="write to disk while training goes on, from a copy in memory")
+
+
+class TrackingConfig(_Table):
+    """Where metrics go beside metrics.jsonl; a tracker that fails is reported once and left out."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        default=(), description="trackers, each a package to be installed beside groupzero"
+    )
+    project: str = Field(default="groupzero", min_length=1, description="project or experiment the run is filed under")
+
+
+def _check_sampling_mask(config: TrainConfig) -> None:
+    """ValueError unless tokens that sampling cuts off are cut off in the learner too, by what the engine returns."""
+    cut_off = config.sampling.top_p < 1 or config.sampling.top_k > 0
+    if cut_off and not config.algorithm.sampling_mask_replay:
+        raise ValueError(
+            "sampling.top_p and sampling.top_k cut tokens off, so the ratios would compare two distributions: "
+            "set algorithm.sampling_mask_replay = true, or top_p = 1 and top_k = 0"
+        )
+    if config.algorithm.sampling_mask_replay and not cut_off:
+        raise ValueError("algorithm.sampling_mask_replay has nothing to replay: set sampling.top_p or sampling.top_k")
+    if cut_off and config.engine.kind == "vllm" and config.sampling.top_k == 0:
+        raise ValueError(
+            "vLLM tells which tokens it kept only where their number is bounded: set sampling.top_k (beside top_p), "
+            "or engine.kind = 'torch'"
+        )
+
+
+def _check_ranks(learner: LearnerConfig) -> None:
+    if learner.placement == "in_process" and learner.num_ranks != 1:
+        raise ValueError(f"learner.num_ranks={learner.num_ranks} needs learner.placement = 'ray'")
+    if learner.num_ranks % learner.expert_parallel:
+        raise ValueError(
+            f"learner.expert_parallel={learner.expert_parallel} does not divide learner.num_ranks={learner.num_ranks}"
+        )
 
 
 class TrainConfig(_Table):
@@ -221,6 +265,7 @@ class TrainConfig(_Table):
     learner: LearnerConfig = Field(default_factory=LearnerConfig, description="optimizer")
     eval: EvalConfig = Field(description="held-out measurement")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="trackers beside metrics.jsonl")
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
@@ -241,10 +286,17 @@ class TrainConfig(_Table):
                 f"learner.max_tokens_per_microbatch={self.learner.max_tokens_per_microbatch} must hold the longest "
                 f"sample, engine.max_model_len={self.engine.max_model_len} tokens"
             )
-        if self.sampling.max_completion_tokens >= self.engine.max_model_len:
+        if self.sampling.longest >= self.engine.max_model_len:
             raise ValueError(
-                f"sampling.max_completion_tokens={self.sampling.max_completion_tokens} leaves no room for a prompt in "
-                f"engine.max_model_len={self.engine.max_model_len}"
+                f"sampling.max_completion_tokens={self.sampling.longest} (the largest of the run) leaves no room for a "
+                f"prompt in engine.max_model_len={self.engine.max_model_len}"
+            )
+        _check_sampling_mask(self)
+        _check_ranks(self.learner)
+        if self.checkpoint.keep_best and self.checkpoint.every_steps % (self.eval.every_steps or self.num_steps + 1):
+            raise ValueError(
+                f"checkpoint.keep_best needs a measurement at each checkpoint: set eval.every_steps to a divisor of "
+                f"checkpoint.every_steps={self.checkpoint.every_steps}"
             )
         probe = self.sync.probe_prompt_tokens + self.sync.probe_tokens
         if probe > self.engine.max_model_len:

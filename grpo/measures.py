@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from grpo.advantages import group_advantages
 from grpo.config import TrainConfig
+from grpo.objective import advantages_for
 from rollout.evaluation import FAILED, EvalResult
 from rollout.records import Group
 
 
-def with_advantages(groups: Sequence[Group], config: TrainConfig) -> list[Group]:
-    """The groups with an advantage on every sample; where the verifier failed it is 0, and the sample counts for nothing."""
-    algorithm = config.algorithm
-    rows: list[list[float]] = []
-    for group in groups:
-        judged = [s.verdict is not None and s.verdict.status not in FAILED for s in group.samples]
-        rewards = [s.verdict.score for s, ok in zip(group.samples, judged, strict=True) if ok and s.verdict]
-        advantages = iter(
-            group_advantages(
-                torch.tensor([rewards], dtype=torch.float64),
-                std=algorithm.advantage_std,
-                ddof=algorithm.advantage_ddof,
-                eps=algorithm.advantage_eps,
-            )[0].tolist()
-            if rewards
-            else []
-        )
-        rows.append([next(advantages) if ok else 0.0 for ok in judged])
+class VerifierFailureError(RuntimeError):
+    """The verifier failed on more samples of a step than the config allows."""
+
+
+def with_advantages(
+    groups: Sequence[Group], config: TrainConfig, rewards: Sequence[float] | None = None
+) -> list[Group]:
+    """The groups with an advantage on every sample; where the verifier failed it is 0, and the sample counts for nothing.
+
+    `rewards`, one per sample in order, take the place of the verdicts' scores: those with the KL taken off, for one.
+    """
+    if not groups:
+        return []
+    verdicts = [sample.verdict for group in groups for sample in group.samples]
+    shape = (len(groups), len(groups[0].samples))
+    judged = torch.tensor([v is not None and v.status not in FAILED for v in verdicts]).reshape(shape)
+    scores = torch.tensor(rewards or [v.score if v else 0.0 for v in verdicts], dtype=torch.float64).reshape(shape)
+    parts = {
+        reward.name: torch.tensor([v.parts.get(reward.name, 0.0) if v else 0.0 for v in verdicts], dtype=torch.float64)
+        for reward in config.rewards
+    }
+    advantages = advantages_for(
+        scores,
+        judged,
+        config.algorithm,
+        components={name: values.reshape(shape) for name, values in parts.items()},
+        weights={reward.name: reward.weight for reward in config.rewards},
+    )
     return [
         replace(group, samples=tuple(replace(s, advantage=a) for s, a in zip(group.samples, row, strict=True)))
-        for group, row in zip(groups, rows, strict=True)
+        for group, row in zip(groups, advantages.tolist(), strict=True)
     ]
 
 
+def is_informative(group: Group, config: TrainConfig) -> bool:
+    """Whether any sample of a scored group has an advantage, and so a gradient."""
+    (measured,) = with_advantages([group], config)
+    return any(sample.advantage for sample in measured.samples)
+
+
+def failures_in_words(groups: Sequence[Group], what: str, max_share: float) -> str | None:
+    """How many samples the verifier could not judge, None for none; VerifierFailureError above `max_share` of them."""
+    failed = [s.verdict for g in groups for s in g.samples if s.verdict and s.verdict.status in FAILED]
+    if not failed:
+        return None
+    total = sum(len(group.samples) for group in groups)
+    (reason, count), *_ = Counter(verdict.reason for verdict in failed).most_common(1)
+    text = f"{what}: the verifier failed on {len(failed)} of {total} samples; most often ({count} times): {reason}."
+    if len(failed) > max_share * total:
+        raise VerifierFailureError(
+            f"{text} That is more than scoring.max_error_share={max_share:g} allows: mend the verifier."
+        )
+    return text
+
+
 def sample_metrics(groups: Sequence[Group], reward_names: Sequence[str]) -> dict[str, Any]:
-    """What a step's samples say before any learning: rewards, verdicts and lengths in tokens."""
+    """What all of a step's samples say before any learning: rewards, verdicts and lengths in tokens."""
     samples = [sample for group in groups for sample in group.samples]
     verdicts = [sample.verdict for sample in samples if sample.verdict is not None]
     lengths = [len(sample.completion_ids) for sample in samples]
@@ -94,10 +123,3 @@ def learning_or_sharpening(
             f"Sharpening: {figures}. The policy gives more often what {k} samples of the base already held.",
         )
     return "neither", f"Neither learning nor sharpening: {figures}."
-
-
-def read_eval(path: Path) -> tuple[EvalResult, list[float]]:
-    """A measurement as `_Run.measure` wrote it."""
-    values = json.loads(path.read_text())
-    each = values.pop("pass_at_k_by_problem")
-    return EvalResult(**values), each

@@ -1,95 +1,54 @@
-"""The loop: the only place that knows the order sample, score, advantage, loss, step, sync.
-
-A little over 400 lines, because what a run keeps between steps (checkpoints, times, measurements) is read beside the loop.
-"""
+"""The loop: the only place that knows the order sample, score, advantage, loss, step, sync."""
 
 from __future__ import annotations
 
 import itertools
-import shutil
+import json
 import statistics
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grpo.batch import build_batch
+from grpo.batch import Batch, build_batch
+from grpo.checkpoints import Checkpoints, latest_checkpoint
 from grpo.config import TrainConfig
-from grpo.learner import Learner, NonFiniteLossError
-from grpo.measures import learning_or_sharpening, read_eval, sample_metrics, with_advantages
+from grpo.held_out import HeldOut
+from grpo.inputs import Inputs, score_pool
+from grpo.learner import NonFiniteLossError
+from grpo.learner_handle import LearnerHandle, open_learner
+from grpo.measures import (
+    VerifierFailureError,
+    failures_in_words,
+    is_informative,
+    learning_or_sharpening,
+    sample_metrics,
+    with_advantages,
+)
+from grpo.objective import penalised_rewards
 from grpo.report import write_report
 from policy.account import account_of
-from policy.checkpoint import atomic_folder, load_policy, save_policy
-from policy.interface import Policy
-from rollout.cluster import running_engines
+from rollout.cluster import running_cluster, running_engines
+from rollout.durable import write_json
 from rollout.engine import Engine, SamplingParams
 from rollout.errors import UserError
-from rollout.evaluation import FAILED, EvalResult, evaluate, is_correct, pass_at_k
+from rollout.evaluation import EvalResult
 from rollout.interrupt import RunInterrupted, stop_on_signal
-from rollout.records import Group, Task
+from rollout.journal import RolloutJournal
+from rollout.records import Group
 from rollout.run import Observer, RunRecord, read_metrics
-from rollout.sampling import GroupStream, Prompter
-from rollout.tasks import TaskSource, load_tasks
+from rollout.sampling import GroupStream, Prompter, StepRollout
 from rollout.tokenizer import load_tokenizer, stop_ids
+from rollout.trackers import Trackers
 from rollout.weights import WeightSync
-from verifiers.pool import ScorePool, VerifierSpec
+from verifiers.pool import ScorePool
 
-LEARNER_STATE = "learner.pt"
+RUN_STATE = "run.json"
 STAGES = ("base", "start", "eval", "sampling", "scoring", "learning", "sync", "other")
-
-
-MAX_GOLDS_CHECKED = 2000
-
-
-class VerifierFailureError(RuntimeError):
-    """The verifier failed on more samples of a step than the config allows."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tasks of a run, opened and checked before anything expensive starts."""
-
-    source: TaskSource
-    eval_tasks: list[Task]
-
-
-def open_inputs(config: TrainConfig) -> Inputs:
-    """Load both data sets and try the verifiers; UserError or the verifier's own error for bad input."""
-    source, held_out = load_tasks(config.data), load_tasks(config.eval.data)
-    if len(source) < config.num_prompts:
-        raise UserError(f"num_prompts={config.num_prompts} exceeds the {len(source)} rows of the training data.")
-    if len(held_out) < config.eval.num_problems:
-        raise UserError(f"eval.num_problems={config.eval.num_problems} exceeds the {len(held_out)} held-out rows.")
-    eval_tasks = [held_out.task(i) for i in range(config.eval.num_problems)]
-    with score_pool(config, None) as pool:
-        checked = [source.task(i) for i in range(min(len(source), MAX_GOLDS_CHECKED))]
-        _check_golds(pool, [*checked, *eval_tasks], config.scoring.max_error_share)
-    return Inputs(source, eval_tasks)
-
-
-def _check_golds(pool: ScorePool, tasks: Sequence[Task], max_share: float) -> None:
-    """UserError if the verifiers can't use more than `max_share` of the gold answers."""
-    audits = zip(tasks, pool.prepare(tasks), strict=True)
-    bad = [(task, audit) for task, audit in audits if audit is not None and audit.status in ("missing", "unparsable")]
-    if len(bad) > max_share * len(tasks):
-        task, audit = bad[0]
-        raise UserError(
-            f"the verifier can't use {len(bad)} of the {len(tasks)} gold answers looked at; the first is that of "
-            f"{task.task_id}: {audit.reason}. `groupzero verify-data` lists them."
-        )
-
-
-def score_pool(config: TrainConfig, log_path: Path | None) -> ScorePool:
-    """The verifier processes; what plug-ins print goes to `log_path`, or nowhere."""
-    specs = [VerifierSpec(r.name, r.verifier, r.weight, r.options, r.timeout_s) for r in config.rewards]
-    scoring = config.scoring
-    return ScorePool(specs, scoring.num_workers, scoring.timeout_s, scoring.memory_limit_mb, log_path=log_path)
 
 
 def train(
@@ -102,7 +61,7 @@ def train(
     base_s: float = 0.0,
     began: float | None = None,
 ) -> dict[str, Any]:
-    """Run, or resume, GRPO from the checkpoint `base_dir` and return the summary, which is in the run folder too.
+    """Run, or take up again, GRPO from the checkpoint `base_dir` and return the summary, which is in the run folder too.
 
     `began` is the `time.monotonic()` from which the run's wall time counts (default: now), `base_s` what of it went into
     making the base.
@@ -110,22 +69,31 @@ def train(
     On SIGINT or SIGTERM the run finishes its step, saves, and raises RunInterrupted; a second one stops at once.
     """
     torch.set_num_threads(config.learner.num_threads)
+    needs_cluster = "ray" in (config.engine.placement, config.learner.placement)
     with stop_on_signal() as stop, score_pool(config, record.log_path("verifiers")) as pool:
         started = time.monotonic()
         run = _Run(config, base_dir, inputs, pool, record, observer, began=started - base_s if began is None else began)
         run.seconds["base"] += base_s
         observer.stage(
-            "start", f"{config.engine.num_engines} {config.engine.kind} engine(s), {config.engine.placement}"
+            "start",
+            f"{config.engine.num_engines} {config.engine.kind} engine(s), {config.engine.placement}; "
+            f"{config.learner.num_ranks} learner(s), {config.learner.placement}",
         )
-        with running_engines(config.engine, run.weights_dir, record.run_dir / "logs", seed=config.seed) as engine:
+        with (
+            running_cluster(record.run_dir / "logs", needed=needs_cluster),
+            run.opened(),
+            running_engines(config.engine, run.weights_dir, record.run_dir / "logs", seed=config.seed) as engine,
+        ):
             run.connect(engine)
             run.seconds["start"] += time.monotonic() - run.began - base_s
-            before = run.measure("eval_before")
+            with run.timed("eval"):
+                before = run.held_out.before()
             run.loop(stop)
             if stop.is_set():
                 raise RunInterrupted(f"stopped before the last measurement; go on with\n  {record.command_to_resume}")
-            after = run.measure("eval_after")
-        return run.finish(before, after)
+            with run.timed("eval"):
+                after = run.held_out.after()
+            return run.finish(before, after)
 
 
 class _Run:
@@ -146,44 +114,61 @@ class _Run:
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self.began = began
         self.earlier_s = 0.0  # wall time of the run before this process took it up
-        self.checkpoints = record.run_dir / "checkpoints"
-        for leftover in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed; the folder's lock is ours
-            shutil.rmtree(leftover, ignore_errors=True)
-        latest = latest_checkpoint(self.checkpoints)
-        self.weights_dir = latest or base_dir
-        self.model: Policy = load_policy(self.weights_dir)
+        self.checkpoints = Checkpoints(record.run_dir / "checkpoints", config.checkpoint, observer.message)
+        self.journal = RolloutJournal(record.run_dir / "rollouts", observer.message)
+        self.resumed_from = self.checkpoints.latest()
+        if self.resumed_from is None and base_dir.parent == self.checkpoints.folder:
+            raise UserError(
+                f"no checkpoint in {self.checkpoints.folder} is sound any more. The same command again begins with the base:\n"
+                f"  {record.command_to_resume}"
+            )
+        self.weights_dir = self.resumed_from or base_dir
         self.tokenizer = load_tokenizer(self.weights_dir)
-        self.learner = Learner(
-            self.model,
-            config.learner,
-            config.algorithm,
-            temperature=config.sampling.temperature,
-            seed=config.seed,
-            bad_batch_path=record.run_dir / "bad_batch.pt",
-        )
+        self.stop_ids = stop_ids(self.tokenizer)
         self.first_step = 0
-        if latest is not None:
-            state = torch.load(latest / LEARNER_STATE, map_location="cpu", weights_only=True)
-            self.learner.load_state_dict(state["learner"])
-            self.first_step = state["step"]
-            self.seconds |= state["seconds"]
+        self.state: dict[str, Any] = {}
+        if self.resumed_from is not None:
+            self.state = json.loads((self.resumed_from / RUN_STATE).read_text())
+            self.first_step = self.state["step"]
+            self.seconds |= self.state["seconds"]
             self.earlier_s = sum(self.seconds.values())
-            observer.message(f"resuming at step {self.first_step} from {latest}")
+            observer.message(f"going on at step {self.first_step} from {self.resumed_from}")
         if record.resumed:
             record.truncate(self.first_step)
-        self.prompter = self._prompter()
-        self.stop_ids = stop_ids(self.tokenizer)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The learner and the trackers, for as long as the block runs."""
+        config, record = self.config, self.record
+        self.learner: LearnerHandle = open_learner(
+            config, self.weights_dir, bad_batch_path=record.run_dir / "bad_batch.pt", log_dir=record.run_dir / "logs"
+        )
+        self.trackers = Trackers(
+            config.tracking.trackers,
+            config.tracking.project,
+            record.run_dir.name,
+            record.run_dir / "trackers",
+            config.model_dump(mode="json"),
+            self.observer.message,
+            first_step=self.first_step,
+        )
+        try:
+            if self.resumed_from is not None:
+                self.learner.load_state(self.resumed_from)
+            self.prompter = self._prompter()
+            yield
+        finally:
+            self.trackers.close()
+            self.learner.close()
 
     def _prompter(self) -> Prompter:
         config = self.config
-        context = self.model.config.max_position_embeddings
+        context = self.learner.policy_config.max_position_embeddings
         if config.engine.max_model_len > context:
             raise UserError(
                 f"engine.max_model_len={config.engine.max_model_len} exceeds the policy's context of {context} tokens."
             )
-        prompter = Prompter(
-            self.tokenizer, config.template, config.engine.max_model_len, config.sampling.max_completion_tokens
-        )
+        prompter = Prompter(self.tokenizer, config.template, config.engine.max_model_len, config.sampling.longest)
         # Every prompt of a finite data set is checked now; an endless generator is sampled.
         count = min(len(self.inputs.source), 100_000) if config.data.source != "generator" else 64
         for task in itertools.chain(self.inputs.eval_tasks, map(self.inputs.source.task, range(count))):
@@ -193,69 +178,88 @@ class _Run:
     def connect(self, engine: Engine) -> None:
         """Take the engine into use and prove that it computes what the learner computes."""
         config = self.config
-        self.engine = engine
         self.sync = WeightSync(
             engine,
-            vocab_size=self.model.config.vocab_size,
-            engine_dtype=config.engine.dtype,
+            vocab_size=self.learner.policy_config.vocab_size,
+            engine_dtype="bfloat16" if "bfloat16" in (config.engine.dtype, config.learner.dtype) else "float32",
             config=config.sync,
         )
-        self.sync.publish(self.model, self.first_step)
-        params = SamplingParams(
-            temperature=config.sampling.temperature,
-            max_completion_tokens=config.sampling.max_completion_tokens,
+        self.sync.publish(self.learner, self.first_step)
+        resample = config.algorithm.zero_variance_groups == "resample"
+        self.stream = GroupStream(
+            engine,
+            self.inputs.source,
+            self.prompter,
+            self.pool,
+            params_at=self._params_at,
+            num_prompts=config.num_prompts,
+            group_size=config.group_size,
+            seed=config.seed,
+            num_prompts_per_call=config.sampling.num_prompts_per_call,
+            is_informative=(lambda group: is_informative(group, config)) if resample else None,
+            max_draws=config.algorithm.max_draws_per_step,
+            journal=self.journal,
+        )
+        if self.state:
+            self.stream.load_state_dict(self.state["stream"])
+        self.held_out = HeldOut(
+            config=config,
+            tasks=self.inputs.eval_tasks,
+            engine=engine,
+            prompter=self.prompter,
+            pool=self.pool,
+            record=self.record,
+            observer=self.observer,
             stop_token_ids=self.stop_ids,
         )
-        self.stream = GroupStream(
-            engine, self.inputs.source, self.prompter, self.pool, params, config.group_size, config.seed
+
+    def _params_at(self, step: int) -> SamplingParams:
+        sampling = self.config.sampling
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_completion_tokens=sampling.max_tokens_at(step),
+            stop_token_ids=self.stop_ids,
+            return_sampling_mask=self.config.algorithm.sampling_mask_replay,
         )
 
     def loop(self, stop: threading.Event) -> None:
         """Every step from where the run stands, with checkpoints; what goes wrong in a step leaves the last one saved."""
         config = self.config
         self.observer.stage("train", f"{config.num_prompts} prompts x {config.group_size} samples")
-        for step in range(self.first_step, config.num_steps):
-            if stop.is_set():
-                self._save(step)
-                raise RunInterrupted(f"stopped before step {step}; go on with\n  {self.record.command_to_resume}")
-            metrics = self._step(step)
-            done = step + 1
-            if config.eval.every_steps and done % config.eval.every_steps == 0 and done < config.num_steps:
-                metrics["eval_pass_at_1"] = self._quick_eval()
-            self.record.record(metrics)
-            self.observer.step(done, config.num_steps, metrics)
-            if done % config.checkpoint.every_steps == 0 or done == config.num_steps:
-                self._save(done)
+        with self.checkpoints:
+            for step in range(self.first_step, config.num_steps):
+                if stop.is_set():
+                    self._save(step)
+                    self.checkpoints.wait()
+                    raise RunInterrupted(f"stopped before step {step}; go on with\n  {self.record.command_to_resume}")
+                metrics = self._step(step)
+                done, score = step + 1, None
+                if config.eval.every_steps and done % config.eval.every_steps == 0:
+                    with self.timed("eval"):
+                        score = metrics["eval_pass_at_1"] = self.held_out.quick()
+                self.record.record(metrics)
+                self.trackers.log(step, metrics)
+                self.observer.step(done, config.num_steps, metrics)
+                if done % config.checkpoint.every_steps == 0 or done == config.num_steps:
+                    self._save(done, score)
 
     def _step(self, step: int) -> dict[str, Any]:
         """Sample, score, learn and sync once."""
-        config = self.config
         start = time.monotonic()
-        groups = self.stream.next_groups(step, config.num_prompts)
-        self._check_verdicts(groups, step)
-        groups = with_advantages(groups, config)
-        samples = [sample for group in groups for sample in group.samples]
-        self.record.write_samples(step, groups, "train", [self.prompter.text(group.task) for group in groups])
+        rollout = self.stream.next_groups(step)
+        self._check_verdicts(rollout, step)
+        groups = with_advantages(rollout.groups, self.config)
+        self._write_samples(step, groups, rollout)
         learning = time.monotonic()
-        batch = build_batch(samples, [sample.advantage or 0.0 for sample in samples])
-        try:
-            learned = self.learner.step(batch, step)
-        except NonFiniteLossError as error:
-            self.record.record({"step": step, "skipped": config.learner.num_minibatches, "stopped": str(error)})
-            kept = latest_checkpoint(self.checkpoints)
-            raise NonFiniteLossError(
-                f"step {step}: {error} The newest checkpoint is {kept or 'not there yet'}. To go on from it, with the same "
-                f"samples again:\n  {self.record.command_to_resume}"
-            ) from error
-        refresh = config.algorithm.reference_refresh_steps
-        if refresh and (step + 1) % refresh == 0:
-            self.learner.refresh_reference()
+        learned = self._learn(groups, step)
         syncing = time.monotonic()
-        report = self.sync.publish(self.model, step + 1)
+        report = self.sync.publish(self.learner, step + 1)
         synced = time.monotonic()
         seconds = {
-            "sampling": self.stream.seconds_sampling,
-            "scoring": self.stream.seconds_scoring,
+            "sampling": rollout.seconds_sampling,
+            "scoring": rollout.seconds_scoring,
             "learning": syncing - learning,
             "sync": synced - syncing,
         }
@@ -263,11 +267,14 @@ class _Run:
         seconds["other"] = total - sum(seconds.values())
         for stage in ("sampling", "scoring", "learning", "sync"):
             self.seconds[stage] += seconds[stage]
-        measured = sample_metrics(groups, [reward.name for reward in config.rewards])
+        sampled = [*groups, *with_advantages(rollout.uninformative, self.config)]
+        measured = sample_metrics(sampled, [reward.name for reward in self.config.rewards])
         return {
             "step": step,
             "policy_version": step + 1,
             **measured,
+            "num_draws": rollout.num_draws,
+            "num_reused_samples": rollout.num_reused,
             **learned,
             "probe_gap": report.probe_gap,
             "tokens_per_s": measured["completion_tokens_total"] / total,
@@ -276,103 +283,90 @@ class _Run:
             "seconds_total": total,
         }
 
-    def _check_verdicts(self, groups: Sequence[Group], step: int) -> None:
-        """Report the step's verifier failures; too many stop the run, with everything up to this step saved."""
+    def _learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """One step of the learner on the groups that have something to teach."""
+        algorithm = self.config.algorithm
+        if algorithm.zero_variance_groups == "drop":
+            groups = [group for group in groups if any(sample.advantage for sample in group.samples)]
+        samples = [sample for group in groups for sample in group.samples]
+        nothing = "" if samples else "no group had two different rewards"
+        if samples and algorithm.mask_truncated and all(sample.finish_reason == "length" for sample in samples):
+            nothing = "every completion was cut off at the length limit, and algorithm.mask_truncated leaves those out"
+        if nothing:
+            self.observer.message(f"step {step}: {nothing}, so there was nothing to learn from")
+            return {"skipped": 0, "num_learned_samples": 0}
+        batch = build_batch(samples, [sample.advantage or 0.0 for sample in samples])
         try:
-            self._report_failures(groups, f"step {step}")
+            if algorithm.kl_placement == "reward" and algorithm.kl_coef > 0:
+                batch = self._kl_in_reward(self.learner.fill(batch), groups)
+            learned = self.learner.step(batch, step)
+        except NonFiniteLossError as error:
+            skipped = self.config.learner.num_minibatches
+            self.record.record({"step": step, "skipped": skipped, "stopped": str(error)})
+            self.checkpoints.wait()
+            kept = latest_checkpoint(self.checkpoints.folder)
+            raise NonFiniteLossError(
+                f"step {step}: {error} The newest checkpoint is {kept or 'not there yet'}. To go on from it, with the same "
+                f"samples again:\n  {self.record.command_to_resume}"
+            ) from error
+        return learned | {"num_learned_samples": len(samples)}
+
+    def _kl_in_reward(self, batch: Batch, groups: Sequence[Group]) -> Batch:
+        """The batch with advantages of rewards that have the KL to the reference taken off."""
+        samples = [sample for group in groups for sample in group.samples]
+        scores = [sample.verdict.score if sample.verdict else 0.0 for sample in samples]
+        assert batch.old_logprobs is not None
+        assert batch.ref_logprobs is not None
+        rewards = penalised_rewards(
+            torch.tensor(scores, dtype=torch.float64),
+            batch.old_logprobs,
+            batch.ref_logprobs,
+            batch.completion_mask,
+            batch.sequence_ids,
+            self.config.algorithm,
+        )
+        penalised = with_advantages(groups, self.config, rewards.tolist())
+        values = [sample.advantage or 0.0 for group in penalised for sample in group.samples]
+        return batch.with_advantages(values)
+
+    def _check_verdicts(self, rollout: StepRollout, step: int) -> None:
+        """Report the step's verifier failures; too many stop the run, with everything up to this step saved."""
+        groups = [*rollout.groups, *rollout.uninformative]
+        try:
+            failures = failures_in_words(groups, f"step {step}", self.config.scoring.max_error_share)
         except VerifierFailureError as error:
             self._save(step)
-            self.record.write_samples(step, groups, "train", [self.prompter.text(group.task) for group in groups])
+            self._write_samples(step, rollout.groups, rollout)
             raise VerifierFailureError(
                 f"{error} The state before this step is saved; go on with\n  {self.record.command_to_resume}"
             ) from error
+        if failures:
+            self.observer.message(failures)
 
-    def _report_failures(self, groups: Sequence[Group], what: str) -> None:
-        """Say how many samples the verifier could not judge; VerifierFailureError above max_error_share."""
-        failed = [s.verdict for g in groups for s in g.samples if s.verdict and s.verdict.status in FAILED]
-        if not failed:
-            return
-        total = sum(len(group.samples) for group in groups)
-        (reason, count), *_ = Counter(verdict.reason for verdict in failed).most_common(1)
-        text = f"{what}: the verifier failed on {len(failed)} of {total} samples; most often ({count} times): {reason}."
-        share = self.config.scoring.max_error_share
-        if len(failed) > share * total:
-            raise VerifierFailureError(
-                f"{text} That is more than scoring.max_error_share={share:g} allows: mend the verifier."
-            )
-        self.observer.message(text)
+    def _write_samples(self, step: int, groups: Sequence[Group], rollout: StepRollout) -> None:
+        """Every sample of the step; those that were not learned from have no advantage."""
+        every = [*groups, *rollout.uninformative]
+        self.record.write_samples(step, every, "train", [self.prompter.text(group.task) for group in every])
 
-    def measure(self, phase: str) -> tuple[EvalResult, list[float]]:
-        """The held-out measurement of a phase with pass@k of each problem; `eval_before` is done once in a run's life."""
-        path = self.record.run_dir / f"{phase}.json"
-        if phase == "eval_before" and path.exists():
-            return read_eval(path)
-        with self._timed("eval"):
-            config = self.config.eval
-            self.observer.stage(
-                "evaluate",
-                f"{config.num_problems} held-out problems x {config.num_samples} samples, {phase.removeprefix('eval_')}",
-            )
-            result, groups = evaluate(
-                self.engine,
-                self.prompter,
-                self.pool,
-                self.inputs.eval_tasks,
-                self._eval_params(),
-                num_samples=config.num_samples,
-                k=config.k,
-                seed=self.config.seed,
-            )
-            self._report_failures(groups, phase)
-            each = [pass_at_k(config.num_samples, sum(map(is_correct, g.samples)), config.k) for g in groups]
-            step = 0 if phase == "eval_before" else self.config.num_steps
-            texts = [self.prompter.text(group.task) for group in groups]
-            self.record.write_samples(step, groups, "eval_before" if phase == "eval_before" else "eval_after", texts)
-            self.record.write_json(phase, {**result.to_dict(), "pass_at_k_by_problem": each})
-            self.observer.message(
-                f"{phase.removeprefix('eval_')} training: pass@1 {result.pass_at_1:.3f}, pass@{config.k} {result.pass_at_k:.3f}, "
-                f"majority@{config.k} {result.majority_at_k:.3f}, greedy {result.greedy:.3f}"
-            )
-        return result, each
-
-    def _quick_eval(self) -> float:
-        with self._timed("eval"):
-            result, _ = evaluate(
-                self.engine,
-                self.prompter,
-                self.pool,
-                self.inputs.eval_tasks,
-                self._eval_params(),
-                num_samples=1,
-                k=1,
-                seed=self.config.seed,
-                greedy=False,
-            )
-        return result.pass_at_1
-
-    def _eval_params(self) -> SamplingParams:
-        return SamplingParams(
-            temperature=self.config.eval.temperature,
-            top_p=self.config.eval.top_p,
-            max_completion_tokens=self.config.sampling.max_completion_tokens,
-            stop_token_ids=self.stop_ids,
-        )
-
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, score: float | None = None) -> None:
         """A checkpoint of the state before `step`: Hugging Face files and the learner's state, whole or not at all."""
-        folder = self.checkpoints / f"step-{step:06d}"
-        if (folder / LEARNER_STATE).exists():
-            return
-        # Weights, two optimizer moments and the reference, with a tenth to spare.
-        needed = int(4.4 * sum(p.numel() * p.element_size() for p in self.model.parameters()))
-        with atomic_folder(folder, needed) as temporary:
-            save_policy(self.model, temporary)
-            self.tokenizer.save_pretrained(temporary)
-            self._settle()
-            state = {"learner": self.learner.state_dict(), "step": step, "seconds": self.seconds}
-            torch.save(state, temporary / LEARNER_STATE)
-        for old in sorted(self.checkpoints.glob("step-*"))[: -self.config.checkpoint.keep]:
-            shutil.rmtree(old)
+        self._settle()
+        write_learner = self.learner.snapshot(step)
+        state = {"step": step, "seconds": dict(self.seconds), "stream": self.stream.state_dict(step)}
+
+        def write(folder: Path) -> None:
+            write_learner(folder)
+            self.tokenizer.save_pretrained(folder)
+            write_json(folder / RUN_STATE, state)
+
+        self.checkpoints.save(
+            step,
+            write,
+            needed_bytes=self.learner.num_bytes,
+            score=score,
+            background=self.config.checkpoint.asynchronous and self.learner.can_write_in_background,
+            on_saved=lambda _: self.journal.prune(state["stream"]["next_draw"]),
+        )
 
     def _settle(self) -> None:
         """Put the wall time that no stage has counted under "other", so that the stages add up to the run's."""
@@ -380,7 +374,8 @@ class _Run:
         self.seconds["other"] += wall_s - sum(self.seconds.values())
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the block's time as that of `stage`."""
         start = time.monotonic()
         try:
             yield
@@ -395,7 +390,7 @@ class _Run:
         metrics = read_metrics(self.record.run_dir)
         # A skipped step may have had no finite gap.
         gaps = [m["logprob_gap_mean"] for m in metrics if m.get("logprob_gap_mean") is not None]
-        size = account_of(self.model.config).parameters
+        size = account_of(self.learner.policy_config).parameters
         self._settle()
         verdict, text = learning_or_sharpening(first, first_each, last, last_each)
         summary = {
@@ -424,14 +419,10 @@ class _Run:
             "model": {"total_params": size.total, "active_params": size.active},
             "verdict": verdict,
             "learning_or_sharpening": text,
-            "checkpoint": str(latest_checkpoint(self.checkpoints)),
+            "checkpoint": str(latest_checkpoint(self.checkpoints.folder)),
         }
         self.record.write_json("summary", summary)
+        self.journal.remove()
         write_report(self.record.run_dir)
+        self.trackers.close(summary)
         return summary
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a run's checkpoints folder; None if there is none."""
-    whole = [path for path in sorted(folder.glob("step-*")) if (path / LEARNER_STATE).is_file()]
-    return whole[-1] if whole else None

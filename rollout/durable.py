@@ -57,6 +57,7 @@ def append_line(path: Path, line: str) -> None:
             try:
                 while data:
                     data = data[os.write(descriptor, data) :]
+                os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, size)
                 raise

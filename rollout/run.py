@@ -82,11 +82,11 @@ class RunRecord:
         command: str = "train",
         source: Path | None = None,
     ) -> RunRecord:
-        """Create `run_dir`, or take it up again with `resume`; `config_toml` is the resolved `config` as TOML.
+        """Create `run_dir`, or take up the unfinished run in it; `config_toml` is the resolved `config` as TOML.
 
-        UserError, with nothing changed on disk, for a folder in use, of another config, finished, unfinished without
-        `resume`, without a run where `resume` asks for one, or that isn't a run's. `command` is the sub-command that
-        resumes; `source` is a folder of the code whose git state is kept (default: this package's).
+        UserError, with nothing changed on disk, for a folder in use, of another config, finished, that isn't a run's, or
+        without a run where `resume` asks for one. `command` is the sub-command that goes on with the run; `source` is a
+        folder of the code whose git state is kept (default: this package's).
         """
         run_dir = Path(run_dir)
         if resume and not (run_dir / CONFIG).exists():
@@ -98,8 +98,8 @@ class RunRecord:
             raise write_error(run_dir, error) from error
         lock = FolderLock(run_dir)
         try:
-            _check_folder(run_dir, config_toml, resume=resume, command=command)
-            record = cls(run_dir, config, lock, command=command, resumed=resume)
+            _check_folder(run_dir, config_toml, command=command)
+            record = cls(run_dir, config, lock, command=command, resumed=(run_dir / CONFIG).exists())
             record._begin(config_toml, source or Path(__file__).resolve().parent)
             return record
         except BaseException:
@@ -107,20 +107,24 @@ class RunRecord:
             raise
 
     def _begin(self, config_toml: str, source: Path) -> None:
-        folder = self.run_dir
-        if self.resumed:
-            count = sum(1 for _ in (self.run_dir / "resumes").glob("*"))
-            folder = self.run_dir / "resumes" / f"{count + 1:03d}"
-        else:
+        for folder in (self.run_dir, self.run_dir / PARTS):
+            for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote; the lock is ours
+                leftover.unlink()
+        if not self.resumed:
             write_bytes(self.run_dir / CONFIG, config_toml.encode())
-        write_provenance(folder, source)
+        write_provenance(self._provenance_folder(), source)
         metrics = self.run_dir / METRICS
         if metrics.exists() and not metrics.read_bytes().endswith(b"\n"):
             self._rewrite_metrics(read_metrics(self.run_dir))
 
+    def _provenance_folder(self) -> Path:
+        if not (self.run_dir / "git.diff").exists():  # new, or killed before it had said what it runs on
+            return self.run_dir
+        return self.run_dir / "resumes" / f"{sum(1 for _ in (self.run_dir / 'resumes').glob('*')) + 1:03d}"
+
     @property
     def command_to_resume(self) -> str:
-        """The shell command that takes this run up again, from any state."""
+        """The shell command that goes on with this run, from any state."""
         return command_to_resume(self.run_dir, self._command)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
@@ -200,8 +204,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def command_to_resume(run_dir: Path, command: str = "train") -> str:
-    """The shell command that resumes the run in `run_dir` from its own resolved config."""
-    return f"{program()} {command} {shlex.quote(str(run_dir / CONFIG))} --resume"
+    """The shell command that goes on with the run in `run_dir` from its own resolved config."""
+    return f"{program()} {command} {shlex.quote(str(run_dir / CONFIG))}"
 
 
 def program() -> str:
@@ -218,7 +222,7 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[t
     return [(key, before, after) for key, before, after in pairs if before != after]
 
 
-def _check_folder(run_dir: Path, config_toml: str, *, resume: bool, command: str) -> None:
+def _check_folder(run_dir: Path, config_toml: str, *, command: str) -> None:
     path = run_dir / CONFIG
     if not path.exists():
         return
@@ -233,11 +237,6 @@ def _check_folder(run_dir: Path, config_toml: str, *, resume: bool, command: str
         raise UserError(
             f"{run_dir} holds a finished run; its report is {run_dir / 'report.html'}. "
             "To run again, give the run another name or remove the folder."
-        )
-    if not resume and _has_state(run_dir):
-        raise UserError(
-            f"{run_dir} holds an unfinished run of the same config. Resume it with\n"
-            f"  {command_to_resume(run_dir, command)}\nor give the run another name, or remove the folder."
         )
 
 

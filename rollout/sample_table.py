@@ -20,7 +20,11 @@ PARTS = "samples"
 
 
 def schema() -> pa.Schema:
-    """The columns: `answer` and `parts` are JSON text; verdict columns are null for a sample that wasn't scored."""
+    """The columns: `answer` and `parts` are JSON text; verdict columns are null for a sample that wasn't scored.
+
+    `used` is whether a training sample was given to the learner, null for evaluations: those of a step that were not, as
+    their group told nothing, have no advantage.
+    """
     import pyarrow as pa
 
     text, number, index = pa.string(), pa.float64(), pa.int64()
@@ -40,6 +44,7 @@ def schema() -> pa.Schema:
             ("parts", text),
             ("elapsed_s", number),
             ("advantage", number),
+            ("used", pa.bool_()),
             ("num_completion_tokens", index),
             ("finish_reason", text),
             ("policy_version_first", index),
@@ -119,6 +124,7 @@ def _row(step: int, phase: Phase, group: Group, sample: Sample, prompt: str) -> 
         "parts": None if verdict is None else json.dumps(jsonable(verdict.parts, "parts")),
         "elapsed_s": None if verdict is None else verdict.elapsed_s,
         "advantage": None if sample.advantage is None else float(sample.advantage),
+        "used": sample.advantage is not None if phase == "train" else None,
         "num_completion_tokens": len(sample.completion_ids),
         "finish_reason": sample.finish_reason,
         "policy_version_first": sample.policy_versions[0],

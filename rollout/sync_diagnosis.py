@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from policy.checkpoint import hf_state_dict, load_hf_state_dict
+from policy.checkpoint import load_hf_state_dict
 from policy.interface import Policy
 from policy.layer_groups import LAYER_GROUPS, layer_group
 from policy.logprobs import token_logprobs
@@ -31,6 +31,9 @@ class Gap:
     completions: Sequence[Completion]
 
 
+Measure = Callable[[Sequence[Sequence[int]], Sequence[Completion]], Gap]  # of prompts and what an engine sampled
+
+
 @torch.no_grad()
 def measure_gap(model: Policy, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> Gap:
     """Score with the model what an engine sampled at temperature 1."""
@@ -48,24 +51,28 @@ def measure_gap(model: Policy, prompts: Sequence[Sequence[int]], completions: Se
 
 
 class SyncDiagnosis:
-    """Tries causes for `gap` until one explains it; afterwards the engine's weights are not to be used."""
+    """Tries causes for `gap` until one explains it; afterwards the engine's weights are not to be used.
+
+    `weights` are those that the engine was given, `scratch` a policy that may be filled with others.
+    """
 
     def __init__(
         self,
         engine: Engine,
-        model: Policy,
+        scratch: Policy,
+        weights: Mapping[str, Tensor],
         version: int,
         gap: Gap,
         tolerance: float,
         *,
         previous: Mapping[str, Tensor] | None,
-        probe: Callable[[Engine, Policy, int], Gap],
+        probe: Callable[[Engine, Measure, int], Gap],
     ) -> None:
         self.engine, self.version, self.gap, self.tolerance = engine, version, gap, tolerance
-        self.current = {name: weight.detach().cpu() for name, weight in hf_state_dict(model).items()}
+        self.current = {name: weight.detach().cpu() for name, weight in weights.items()}
         self.previous = previous
         self.probe = probe
-        self.scratch = copy.deepcopy(model)
+        self.scratch = scratch.eval()
 
     def in_words(self) -> str:
         """The layer group to suspect, and why."""
@@ -100,7 +107,7 @@ class SyncDiagnosis:
             }
             self.engine.load_weights(weights, self.version)
             load_hf_state_dict(self.scratch, weights, "the diagnosis")
-            remaining = self.probe(self.engine, self.scratch, 2 * self.version).mean
+            remaining = self.probe(self.engine, partial(measure_gap, self.scratch), 2 * self.version).mean
             if remaining <= self.tolerance:
                 constant = int(group == "norms")
                 return (

@@ -1,10 +1,16 @@
-"""Config files: TOML and dotted overrides into a frozen pydantic model, every mistake named by its path, all at once."""
+"""Config files: TOML and dotted overrides into a frozen pydantic model, every mistake named by its path, all at once.
+
+A file may build on others: `extends = "other.toml"` or a list of files at its top, each looked for beside the file that
+says it, then in the working directory. Later values win: the extended files in order, the file itself, the overrides in
+order. Tables are merged key by key, everything else (lists too) is replaced. An override `extends=other.toml` puts that
+file's values on top of all that comes before it.
+"""
 
 from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,20 +24,22 @@ from rollout.errors import UserError
 __all__ = ["describe", "load_config", "to_toml"]
 
 T = TypeVar("T", bound=BaseModel)
+EXTENDS = "extends"
 _WRONG_KEY_TYPES = {"extra_forbidden", "unexpected_keyword_argument"}
 
 
 def load_config(model_cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """Read `path`, apply `key.sub=value` overrides, validate; UserError lists every mistake with its path."""
-    data = _read_toml(Path(path))
+    layers = _Layers(Path(path))
     for override in overrides:
-        _apply_override(data, override, model_cls)
-    problems = list(_unknown_keys(model_cls, data))
-    unknown = {problem.partition(":")[0] for problem in problems}
+        layers.override(override, model_cls)
+    unknown = dict(_unknown_keys(model_cls, layers.data))
+    problems = [f"{place}: {text}{layers.source(place)}" for place, text in unknown.items()]
     try:
-        config = model_cls.model_validate(data)
+        config = model_cls.model_validate(layers.data)
     except ValidationError as error:
-        problems += _render_errors(error.errors(include_url=False), data, unknown)
+        rendered = _render_errors(error.errors(include_url=False), layers.data, unknown.keys())
+        problems += [f"{place or 'config'}: {text}{layers.source(place)}" for place, text in rendered.items()]
     else:
         if not problems:
             return config
@@ -48,14 +56,76 @@ def to_toml(config: BaseModel) -> str:
     return text
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+class _Layers:
+    """The values of a file and of all that it extends, later ones over earlier ones, and which file each is from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {}
+        self._sources: dict[str, Path] = {}
+        self._add(path, ())
+
+    def override(self, override: str, model_cls: type[BaseModel]) -> None:
+        """Apply one `key=value`; `extends=FILE` adds that file on top."""
+        key, equals, text = override.partition("=")
+        if key.strip() == EXTENDS and equals:
+            for base in _extended_files(_parse_value(text), f"override {override!r}", Path()):
+                self._add(base, ())
+            return
+        _apply_override(self.data, override, model_cls)
+        self._set_source(key.strip(), self.path)
+
+    def source(self, place: str) -> str:
+        """`, in FILE` where a value, or every value of a table, is from one file and that is not the config's own."""
+        below = {path for other, path in self._sources.items() if other.startswith(f"{place}.")}
+        parts = place.split(".")
+        above = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+        at = next((self._sources[other] for other in above if other in self._sources), self.path)
+        found = below or {at}
+        return f", in {found.pop()}" if len(found) == 1 and found != {self.path} else ""
+
+    def _add(self, path: Path, chain: tuple[Path, ...]) -> None:
+        if path.resolve() in [other.resolve() for other in chain]:
+            names = " -> ".join(str(other) for other in (*chain, path))
+            raise UserError(f"{path}: {EXTENDS} goes round in a circle: {names}")
+        data = _read_toml(path, f", which {chain[-1]} {EXTENDS}" if chain else "")
+        if EXTENDS in data:
+            for base in _extended_files(data.pop(EXTENDS), str(path), path.parent):
+                self._add(base, (*chain, path))
+        self._merge(self.data, data, path, "")
+
+    def _merge(self, low: dict[str, Any], high: dict[str, Any], path: Path, prefix: str) -> None:
+        for key, value in high.items():
+            if isinstance(value, dict):
+                if not isinstance(low.get(key), dict):
+                    low[key] = {}
+                self._merge(low[key], value, path, f"{prefix}{key}.")
+            else:
+                low[key] = value
+                self._set_source(prefix + key, path)
+
+    def _set_source(self, place: str, path: Path) -> None:
+        for stale in [other for other in self._sources if other.startswith(f"{place}.")]:
+            del self._sources[stale]
+        self._sources[place] = path
+
+
+def _extended_files(value: Any, where: str, folder: Path) -> list[Path]:
+    """The files that `extends` names, beside the file that says so or else in the working directory."""
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{where}: {EXTENDS} must be the path of a config file or a list of such paths, not {value!r}")
+    return [folder / name if (folder / name).is_file() else Path(name) for name in names]
+
+
+def _read_toml(path: Path, said_by: str = "") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = sorted(file.name for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1) or siblings[:1]
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"{path}: there is no such config file{hint}") from None
+        raise UserError(f"{path}: there is no such config file{said_by}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read as a config file: {error}") from error
     try:
@@ -110,12 +180,12 @@ def _index(node: Any, part: str, place: str, override: str) -> Any:
     return int(part)
 
 
-def _unknown_keys(root: type[BaseModel], data: Mapping[str, Any]) -> Iterator[str]:
-    """One line per key that no model at its place has, with the nearest key that exists anywhere in the config."""
+def _unknown_keys(root: type[BaseModel], data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Place and hint of each key that no model at its place has, with the nearest that exists anywhere in the config."""
     known = [row.path for row in describe(root)]
     known += sorted({path.rpartition(".")[0] for path in known} - {""})
 
-    def walk(annotation: Any, value: Any, path: str) -> Iterator[str]:
+    def walk(annotation: Any, value: Any, path: str) -> Iterator[tuple[str, str]]:
         tables = tables_of(annotation)
         if isinstance(value, Mapping) and tables:
             fields = {name: field for table in tables for name, field in fields_of(table).items()}
@@ -124,7 +194,8 @@ def _unknown_keys(root: type[BaseModel], data: Mapping[str, Any]) -> Iterator[st
                 if key in fields:
                     yield from walk(fields[key].annotation, inner, place)
                 else:
-                    yield f"{place}: unknown key{_nearest(place, list(fields), known)}"
+                    siblings = [*fields] if path else [*fields, EXTENDS]
+                    yield place, f"unknown key{_nearest(place, siblings, known)}"
         elif isinstance(value, Mapping):
             for key, inner in value.items():
                 yield from walk(item_type(annotation), inner, f"{path}.{key}")
@@ -146,8 +217,8 @@ def _nearest(place: str, siblings: Sequence[str], known: Sequence[str]) -> str:
     return f"; known here: {', '.join(siblings)}"
 
 
-def _render_errors(errors: Sequence[ErrorDetails], data: Any, unknown: set[str]) -> list[str]:
-    """pydantic's errors as `path: what is wrong (got ...)`; the arms of a union at one path become one line."""
+def _render_errors(errors: Sequence[ErrorDetails], data: Any, unknown: Collection[str]) -> dict[str, str]:
+    """pydantic's errors as path and `what is wrong (got ...)`; the arms of a union at one path become one line."""
     reasons: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for error in errors:
@@ -163,7 +234,7 @@ def _render_errors(errors: Sequence[ErrorDetails], data: Any, unknown: set[str])
                 got[path] = f" (got {short(error['input'])})"
         if reason not in reasons.setdefault(path, []):
             reasons[path].append(reason)
-    return [f"{path or 'config'}: {', or '.join(lines)}{got.get(path, '')}" for path, lines in reasons.items()]
+    return {path: f"{', or '.join(lines)}{got.get(path, '')}" for path, lines in reasons.items()}
 
 
 def _path_in(data: Any, error: ErrorDetails) -> str:

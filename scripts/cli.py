@@ -72,9 +72,11 @@ Overrides = Annotated[
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the run folder's last checkpoint")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="only go on with a run that is there; never start one")
+    ] = False,
 ) -> None:
-    """Train a policy with GRPO; `groupzero config train` lists the config's fields."""
+    """Train a policy with GRPO, or go on with a run that was stopped; `groupzero config train` lists the fields."""
     from scripts.train_command import run_train
 
     run_train(config, overrides or [], resume=resume)
@@ -119,6 +121,23 @@ def sample(
         template=template,
         max_completion_tokens=max_completion_tokens,
     )
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="run folder (its newest checkpoint) or checkpoint folder")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="new folder in Hugging Face format")],
+    dtype: Annotated[
+        str, typer.Option(help="type of the weights: float32, bfloat16, or fp8 (DeepSeek-V3's released format)")
+    ] = "float32",
+) -> None:
+    """Write a checkpoint as a plain Hugging Face folder, without the learner's state; also while the run trains."""
+    from scripts.export_command import run_export
+
+    source = run_export(checkpoint, out, dtype)
+    typer.echo(f"{source} exported to {out} ({dtype})")
 
 
 @app.command()

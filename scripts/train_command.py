@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.sft import SftConfig, train_sft
+from grpo.checkpoints import latest_checkpoint
 from grpo.config import TrainConfig
+from grpo.inputs import open_inputs, score_pool
 from grpo.report import write_report
-from grpo.train import latest_checkpoint, open_inputs, score_pool, train
+from grpo.train import train
 from rollout.cluster import running_engines
 from rollout.engine import SamplingParams
 from rollout.errors import UserError
@@ -30,16 +32,20 @@ from rollout.sampling import Prompter, sample_groups
 from rollout.tokenizer import load_tokenizer, stop_ids
 from rollout.toml_config import load_config, to_toml
 from rollout.torch_engine import TorchEngine
+from rollout.trackers import check_trackers
 from scripts.display import Display
 
 INTERRUPTED = 130
 
 
 def run_train(config_path: Path, overrides: Sequence[str], *, resume: bool) -> None:
-    """`groupzero train`: make the base if the config asks for one, run GRPO, print before and after."""
+    """`groupzero train`: make the base if the config asks for one, run GRPO, print before and after.
+
+    A run of this config that was stopped or killed goes on; of one that is finished, the result is printed.
+    """
     began = time.monotonic() - (time.time() - psutil.Process().create_time())
     config = load_config(TrainConfig, config_path, overrides)
-    if resume and (summary := _finished(config)) is not None:
+    if (summary := _finished(config)) is not None:
         if not (config.run_path / "report.html").exists():
             write_report(config.run_path)
         _print_summary(summary, config.run_path)
@@ -47,6 +53,7 @@ def run_train(config_path: Path, overrides: Sequence[str], *, resume: bool) -> N
     base = _base_config(config)
     if config.policy.path is not None:
         _check_checkpoint(config.policy.path)
+    check_trackers(config.tracking.trackers)
     inputs = open_inputs(config)
     record = RunRecord.open(config.run_path, config.model_dump(mode="json"), to_toml(config), resume=resume)
     with record, Display() as display:

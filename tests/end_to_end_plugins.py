@@ -13,6 +13,11 @@ def fails_now_and_then(completion: str, task: TaskLike) -> float:
     return float(sum(completion.encode()) % 2)
 
 
+def always_the_same(completion: str, task: TaskLike) -> float:
+    """Gives everything half a point."""
+    return 0.5
+
+
 def fails_in_training(completion: str, task: TaskLike) -> float:
     """Raises on every training problem and on none that is held out."""
     if not is_heldout(task.prompt):

@@ -1,7 +1,7 @@
 """The packed batch, and the law that no way of cutting or ordering it changes loss or gradient."""
 
 import dataclasses
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -9,19 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.algorithm_config import AlgorithmConfig
 from grpo.batch import (
     Batch,
     build_batch,
     concat_batches,
-    pack_by_length,
+    plan_microbatches,
     select_sequences,
     split_microbatches,
     split_minibatches,
+    token_places,
+    with_truncated_masked,
     with_weights,
 )
-from grpo.losses import grpo_loss
+from grpo.objective import policy_loss
+from policy.packing import pack_by_length
 from rollout.errors import UserError
-from rollout.records import Sample
+from rollout.records import Sample, SamplingMask
 
 LAW = settings(deadline=None, derandomize=True, max_examples=40)
 VOCAB = 7
@@ -41,6 +45,26 @@ def make_sample(index, prompt, completion, logprobs=None):
     )
 
 
+def with_mask(sample, seed):
+    """The sample with what its sampling kept at each token: a few ids, or at some all of them (an empty span)."""
+    random = np.random.default_rng(seed)
+    spans = [
+        [] if random.random() < 0.2 else sorted({t, *random.integers(VOCAB, size=2).tolist()})
+        for t in sample.completion_ids
+    ]
+    ids = np.array([i for span in spans for i in span], dtype=np.int32)
+    return dataclasses.replace(sample, sampling_mask=SamplingMask(np.cumsum([0, *map(len, spans)]), ids))
+
+
+def spans_of(batch):
+    """The kept ids of every token, by sample."""
+    assert batch.sampling_mask is not None
+    bounds = batch.sampling_mask.offsets.tolist()
+    spans = [batch.sampling_mask.token_ids[a:b].tolist() for a, b in pairwise(bounds)]
+    starts = batch.cu_seqlens.tolist()
+    return {int(i): spans[a:b] for i, (a, b) in zip(batch.sequence_index, pairwise(starts), strict=True)}
+
+
 @st.composite
 def steps(draw):
     """A step's samples and advantages."""
@@ -49,6 +73,9 @@ def steps(draw):
     seed = draw(st.integers(0, 1000))
     random = np.random.default_rng(seed)
     samples = [make_sample(i, p, c, -random.random(len(c))) for i, (p, c) in enumerate(pairs)]
+    samples = [dataclasses.replace(s, finish_reason="length") if random.random() < 0.3 else s for s in samples]
+    if draw(st.booleans()):
+        samples = [with_mask(sample, seed + i) for i, sample in enumerate(samples)]
     return samples, random.normal(size=len(samples)).tolist()
 
 
@@ -64,19 +91,10 @@ def step_loss_and_grad(microbatches, **options):
     losses, terms = [], None
     for batch in microbatches:
         logprobs = toy_logprobs(table, batch)
-        loss, seen = grpo_loss(
-            logprobs,
-            advantages=batch.advantages,
-            weights=batch.weights,
-            completion_mask=batch.completion_mask,
-            sequence_ids=batch.sequence_ids,
-            num_sequences=batch.num_sequences,
-            old_logprobs=batch.rollout_logprobs - 0.05,
-            rollout_logprobs=batch.rollout_logprobs,
-            ref_logprobs=batch.rollout_logprobs - 0.3,
-            kl_coef=0.05,
-            **options,
+        filled = dataclasses.replace(
+            batch, old_logprobs=batch.rollout_logprobs - 0.05, ref_logprobs=batch.rollout_logprobs - 0.3
         )
+        loss, seen = policy_loss(AlgorithmConfig(kl_coef=0.05, **options), logprobs, batch=filled)
         loss.backward()
         losses.append(loss.item())
         terms = seen if terms is None else terms + seen
@@ -105,6 +123,46 @@ def test_every_field_speaks_about_its_own_index():
     assert batch.weights is None
 
 
+def test_what_sampling_kept_stands_at_its_token_and_is_empty_on_prompts():
+    one, other = make_sample(0, [5, 6], [1, 2]), make_sample(1, [4], [3])
+    kept = SamplingMask(np.array([0, 2, 3]), np.array([1, 5, 2], dtype=np.int32))
+    one = dataclasses.replace(one, sampling_mask=kept)
+    other = dataclasses.replace(other, sampling_mask=SamplingMask(np.array([0, 0]), np.array([], dtype=np.int32)))
+    batch = build_batch([one, other], [1.0, -2.0])
+    assert spans_of(batch) == {0: [[], [], [1, 5], [2]], 1: [[], []]}
+    assert batch.sampling_mask is not None
+    assert {tensor.dtype for tensor in batch.sampling_mask} == {torch.int64}
+    assert spans_of(concat_batches([select_sequences(batch, [1]), select_sequences(batch, [0])])) == spans_of(batch)
+    assert build_batch([make_sample(0, [1], [2])], [0.0]).sampling_mask is None
+    with pytest.raises(UserError, match="sample 1 of task toy/1 has 1 completion tokens and a sampling_mask of none"):
+        build_batch([one, make_sample(1, [4], [3])], [1.0, -2.0])
+    short = dataclasses.replace(make_sample(1, [4], [3, 3]), sampling_mask=other.sampling_mask)
+    with pytest.raises(UserError, match=r"sample 1 .* has 2 completion tokens and a sampling_mask of that of 1"):
+        build_batch([one, short], [1.0, -2.0])
+
+
+def test_completions_cut_off_at_the_limit_can_be_masked():
+    cut = dataclasses.replace(make_sample(1, [4], [3, 0, 3]), finish_reason="length")
+    batch = build_batch([make_sample(0, [5, 6], [1, 2]), cut], [1.0, -2.0])
+    assert batch.truncated is not None
+    assert batch.truncated.tolist() == [False, True]
+    masked = with_truncated_masked(batch)
+    assert masked.completion_mask.tolist() == [False, False, True, True, False, False, False, False]
+    weights = with_weights(masked, aggregation="token_mean").weights
+    assert weights is not None
+    assert weights.tolist() == [0, 0, 0.5, 0.5, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="truncated"):
+        with_truncated_masked(dataclasses.replace(batch, truncated=None))
+
+
+def test_advantages_can_be_replaced():
+    batch = build_batch([make_sample(0, [5, 6], [1]), make_sample(1, [4], [3])], [1.0, -2.0])
+    assert batch.with_advantages(torch.tensor([[3.0], [4.0]])).advantages.tolist() == [3, 3, 3, 4, 4]
+    assert batch.advantages.tolist() == [1, 1, 1, -2, -2]
+    with pytest.raises(UserError, match="2 samples need as many advantages, got 1"):
+        batch.with_advantages([1.0])
+
+
 def test_the_mask_comes_from_lengths_not_from_ids():
     batch = build_batch([make_sample(0, [0, 0], [0, 0, 0])], [1.0])
     assert batch.completion_mask.tolist() == [False, False, True, True, True]
@@ -114,7 +172,14 @@ def test_the_mask_comes_from_lengths_not_from_ids():
 @given(
     steps(),
     st.sampled_from(["token_mean", "sequence_mean", "sequence_sum", "constant"]),
-    st.sampled_from([{}, {"ratio_level": "sequence"}, {"surrogate": "cispo"}, {"off_policy_threshold": 0.1}]),
+    st.sampled_from(
+        [
+            {},
+            {"ratio_level": "sequence"},
+            {"surrogate": "cispo", "cispo_ratio_max": 1.5},
+            {"mismatch": {"off_policy_threshold": 0.1, "mask": "sequence", "truncate": "token", "truncate_max": 1.1}},
+        ]
+    ),
     st.data(),
 )
 def test_no_split_or_order_changes_loss_or_gradient(step, aggregation, options, data):
@@ -157,7 +222,34 @@ def test_concat_undoes_any_split(step, seed, data):
     for field in dataclasses.fields(Batch):
         before, after = getattr(batch, field.name), getattr(again, field.name)
         assert type(before) is type(after)
-        assert before is None or torch.equal(before, torch.as_tensor(after))
+        if isinstance(before, tuple):
+            assert all(map(torch.equal, before, after))
+        else:
+            assert before is None or torch.equal(before, after)
+
+
+@LAW
+@given(steps(), st.integers(1, 4), st.data())
+def test_every_rank_s_share_is_whole_sequences_with_all_that_is_theirs(step, num_ranks, data):
+    samples, advantages = step
+    samples = [with_mask(sample, i) for i, sample in enumerate(samples)]
+    batch = with_weights(build_batch(samples, advantages, dtype=torch.float64), aggregation="token_mean")
+    longest = int(batch.cu_seqlens.diff().max())
+    plan = plan_microbatches(batch, data.draw(st.integers(longest, 3 * longest)), num_ranks)
+    shares = [select_sequences(batch, places) for own in plan for places in own]
+    assert len({len(own) for own in plan}) == 1
+    assert_same_step(step_loss_and_grad([batch]), step_loss_and_grad(shares))
+    spans = {}
+    for share in shares:
+        spans |= spans_of(share)
+        assert share.truncated is not None
+        assert batch.truncated is not None
+        assert torch.equal(share.truncated, batch.truncated[share.sequence_index])
+    assert spans == spans_of(batch)
+    together = [token_places(batch, places) for own in plan for places in own]
+    assert sorted(torch.cat(together).tolist()) == list(range(batch.num_tokens))
+    for places, share in zip(together, shares, strict=True):
+        assert torch.equal(batch.input_ids[places], share.input_ids)
 
 
 def test_minibatches_are_even_deterministic_and_whole():
@@ -218,9 +310,11 @@ def test_samples_and_advantages_must_match_and_exist():
 
 
 def test_to_moves_every_tensor():
-    batch = with_weights(build_batch([make_sample(0, [1], [2])], [0.0]), aggregation="token_mean")
-    moved = batch.to("meta")
-    tensors = [getattr(moved, field.name) for field in dataclasses.fields(Batch)]
+    sample = with_mask(make_sample(0, [1], [2]), 0)
+    moved = with_weights(build_batch([sample], [0.0]), aggregation="token_mean").to("meta")
+    tensors = [getattr(moved, field.name) for field in dataclasses.fields(Batch) if field.name != "sampling_mask"]
+    assert moved.sampling_mask is not None
+    tensors += list(moved.sampling_mask)
     assert {tensor.device.type for tensor in tensors if tensor is not None} == {"meta"}
 
 

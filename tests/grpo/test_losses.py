@@ -8,18 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.losses import (
-    cispo_surrogate,
-    clipped_surrogate,
-    grpo_loss,
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    off_policy_keep,
-    policy_ratio,
-    sequence_means,
-    token_weights,
-)
+from grpo.kl import kl_k1, kl_k2, kl_k3, kl_penalty
+from grpo.losses import grpo_loss, token_weights
+from grpo.mismatch import mismatch_correction
+from grpo.segments import sequence_means, sequence_sums
+from grpo.surrogates import cispo_surrogate, clipped_surrogate, policy_ratio, sapo_surrogate
 
 LAW = settings(deadline=None, derandomize=True, max_examples=60)
 AGGREGATIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant"]
@@ -40,10 +33,16 @@ def random_inputs(seed):
     return {**values, "advantages": advantages}
 
 
-def loss_and_grad(inputs, **options):
+def loss_and_grad(inputs, where=None, correct=None, **options):
+    where = where or WHERE
     logprobs = inputs["logprobs"].clone().requires_grad_()
     rest = {name: value for name, value in inputs.items() if name != "logprobs"}
-    loss, terms = grpo_loss(logprobs, **rest, **WHERE, **{"weights": weights(), **options})
+    correction = None
+    if correct is not None:
+        old = inputs["logprobs"] if inputs["old_logprobs"] is None else inputs["old_logprobs"]
+        seen = (inputs["logprobs"], old, inputs["rollout_logprobs"], inputs["advantages"])
+        correction = mismatch_correction(*seen, *where.values(), **correct)
+    loss, terms = grpo_loss(logprobs, **rest, **where, **{"weights": weights(), "correction": correction, **options})
     return loss.detach(), torch.autograd.grad(loss, logprobs)[0], terms
 
 
@@ -52,9 +51,19 @@ EVERY_OPTION = {
     "dual_clip": 3.0,
     "kl_coef": 0.1,
     "kl_importance_weighted": True,
-    "off_policy_threshold": 0.1,
+    "correct": {"truncate": "token", "mask": "sequence", "mask_max": 1.5, "off_policy_threshold": 0.1},
 }
-VARIANTS = [{}, EVERY_OPTION, {"ratio_level": "sequence", **EVERY_OPTION}, {"surrogate": "cispo", "kl_coef": 0.1}]
+VARIANTS = [
+    {},
+    EVERY_OPTION,
+    {"ratio_level": "sequence", **EVERY_OPTION},
+    {"ratio_level": "none", "kl_coef": 0.1, "kl_estimator": "k1"},
+    {"surrogate": "cispo", "kl_coef": 0.1, "kl_k2_gradient": True},
+    {"surrogate": "sapo", "kl_coef": 0.1, "kl_estimator": "k2", "correct": {"truncate": "sequence"}},
+    {"ratio_level": "sequence", "surrogate": "sapo", "kl_coef": 0.1, "kl_bound": 0.5, "kl_estimator": "abs"},
+]
+LEVELS = ["token", "sequence", "none"]
+SURROGATES = ["clip", "cispo", "sapo"]
 
 
 def test_ratio_by_token_and_by_sequence():
@@ -63,6 +72,24 @@ def test_ratio_by_token_and_by_sequence():
     assert token.log().tolist() == pytest.approx([0, 0.1, -0.3, 0, 0.2, 0.4, -0.3, 0], abs=1e-6)
     sequence = policy_ratio(log_ratio, torch.zeros(8), MASK, IDS, 3, level="sequence")
     assert sequence.log().tolist() == pytest.approx([0, -0.1, -0.1, 0, 0.1, 0.1, 0.1, 0], abs=1e-6)
+
+
+def test_without_a_level_the_ratio_is_one_and_carries_the_gradient():
+    logprobs = torch.tensor([-1.0, -2.0, -3.0, 0, -1, -1, -1, 0], requires_grad=True)
+    ratio = policy_ratio(logprobs, torch.zeros(8), MASK, IDS, 3, level="none")
+    assert ratio.tolist() == [1.0] * 8
+    assert torch.autograd.grad(ratio.sum(), logprobs)[0].tolist() == MASK.float().tolist()
+
+
+def test_log_ratios_are_held_within_their_bounds_without_gradient_beyond():
+    logprobs = torch.tensor([0, 3.0, -3.0, 0, 0.5, 0.5, 0.5, 0], requires_grad=True)
+    ratio = policy_ratio(logprobs, torch.zeros(8), MASK, IDS, 3, log_ratio_bounds=(-2.0, 1.0))
+    assert ratio.log().tolist() == pytest.approx([0, 1, -2, 0, 0.5, 0.5, 0.5, 0])
+    assert torch.autograd.grad(ratio.log().sum(), logprobs)[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
+
+
+def test_sequence_sums_skip_masked_tokens():
+    assert sequence_sums(torch.arange(8.0), MASK, IDS, 3).tolist() == [3.0, 15.0, 0.0]
 
 
 def test_sequence_means_skip_masked_tokens_and_empty_sequences():
@@ -97,6 +124,31 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
     assert torch.autograd.grad(loss.sum(), logprobs)[0].tolist() == [-3.0, -2.0, -1.0]
 
 
+def test_sapo_is_a_gate_around_one():
+    ratio = torch.tensor([1.0, 1.0, 3.0, 0.0], requires_grad=True)
+    advantages = torch.tensor([2.0, -2.0, 2.0, -2.0])
+    loss = sapo_surrogate(ratio, advantages, temperature_positive=1.0, temperature_negative=2.0)
+    gate = 1 / (1 + math.exp(-2.0))
+    assert loss.tolist() == pytest.approx([-4.0, 2.0, -8 * gate, 4 * (1 - gate)])
+    slopes = torch.autograd.grad(loss.sum(), ratio)[0].tolist()
+    assert slopes == pytest.approx([-2.0, 2.0, -8 * gate * (1 - gate), 8 * gate * (1 - gate)])
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_with_the_gradient_of_k2_an_estimate_keeps_its_value(estimator):
+    logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    ref = torch.tensor([-1.5, -1.0, -0.5])
+    options = {"estimator": estimator, "bound": 0.4}
+    kl = kl_penalty(logprobs, ref, k2_gradient=True, **options)
+    assert torch.equal(kl, kl_penalty(logprobs, ref, **options))
+    assert torch.autograd.grad(kl.sum(), logprobs)[0].tolist() == pytest.approx([0.5, -1.0, 0.0])
+
+
+def test_a_bound_holds_the_estimate_from_both_sides():
+    values = kl_penalty(torch.tensor([0.0, -3.0, -0.2]), torch.tensor([-3.0, 0.0, 0.0]), estimator="k1", bound=1.0)
+    assert values.tolist() == pytest.approx([1.0, -1.0, -0.2])
+
+
 @LAW
 @given(st.lists(st.tuples(st.floats(-50, 0), st.floats(-50, 0)), min_size=1, max_size=20), st.booleans())
 def test_k2_and_k3_are_never_negative(pairs, double):
@@ -121,14 +173,6 @@ def test_the_importance_weighted_k3_has_the_gradient_of_the_true_kl_off_policy()
     ratio = logprobs.exp() / old
     (estimated,) = torch.autograd.grad((old * ratio * kl_k3(logprobs, ref.log())).sum(), logits)
     assert torch.allclose(estimated, true, atol=1e-12)
-
-
-def test_off_policy_keep_drops_only_drifted_sequences_with_negative_advantage():
-    rollout = torch.tensor([0.0, 1, 1, 0, 0.1, 0.1, 0.1, 0])
-    arguments = (torch.zeros(8), rollout)
-    negative = off_policy_keep(*arguments, -torch.ones(8), MASK, IDS, 3, threshold=0.5)
-    assert negative.tolist() == [False, False, False, True, True, True, True, True]
-    assert off_policy_keep(*arguments, torch.ones(8), MASK, IDS, 3, threshold=0.5).all()
 
 
 def test_token_weights_by_hand():
@@ -164,9 +208,7 @@ def test_unknown_choices_are_refused():
         loss_and_grad(inputs, kl_estimator="k4")
 
 
-@pytest.mark.parametrize(
-    ("option", "tensor"), [({"kl_coef": 0.1}, "ref_logprobs"), ({"off_policy_threshold": 0.1}, "rollout_logprobs")]
-)
+@pytest.mark.parametrize(("option", "tensor"), [({"kl_coef": 0.1}, "ref_logprobs"), ({"entropy_coef": 0.1}, "entropy")])
 def test_an_option_without_its_tensor_is_refused(option, tensor):
     with pytest.raises(ValueError, match=tensor):
         loss_and_grad({**random_inputs(0), tensor: None}, **option)
@@ -186,7 +228,7 @@ def test_masked_tokens_never_matter(seed, options, junk):
 
 
 @LAW
-@given(st.integers(0, 2**31), st.sampled_from(["token", "sequence"]), st.sampled_from(["clip", "cispo"]))
+@given(st.integers(0, 2**31), st.sampled_from(LEVELS), st.sampled_from(SURROGATES))
 def test_zero_advantage_gives_zero_gradient(seed, level, surrogate):
     inputs = {**random_inputs(seed), "advantages": torch.zeros(8, dtype=torch.float64)}
     _, grad, _ = loss_and_grad(inputs, ratio_level=level, surrogate=surrogate)
@@ -194,18 +236,96 @@ def test_zero_advantage_gives_zero_gradient(seed, level, surrogate):
 
 
 @LAW
-@given(
-    st.integers(0, 2**31),
-    st.sampled_from(["token", "sequence"]),
-    st.sampled_from(["clip", "cispo"]),
-    st.sampled_from(AGGREGATIONS),
-)
+@given(st.integers(0, 2**31), st.sampled_from(LEVELS), st.sampled_from(SURROGATES), st.sampled_from(AGGREGATIONS))
 def test_on_policy_the_gradient_is_reinforce(seed, level, surrogate, aggregation):
     inputs = {**random_inputs(seed), "old_logprobs": None}
     weight = weights(aggregation)
     _, grad, terms = loss_and_grad(inputs, ratio_level=level, surrogate=surrogate, weights=weight)
     assert torch.allclose(grad, -weight * inputs["advantages"], atol=1e-12)
     assert terms.metrics()["ratio"] == pytest.approx(1.0)
+
+
+@LAW
+@given(st.integers(0, 2**31), st.sampled_from(SURROGATES), st.sampled_from(AGGREGATIONS))
+def test_without_a_ratio_the_gradient_is_reinforce_off_policy_too(seed, surrogate, aggregation):
+    inputs, weight = random_inputs(seed), weights(aggregation)
+    _, grad, _ = loss_and_grad(inputs, ratio_level="none", surrogate=surrogate, weights=weight)
+    assert torch.allclose(grad, -weight * inputs["advantages"], atol=1e-12)
+
+
+def rearranged(inputs, weight, order):
+    """The sequences of the call in another order, renumbered, as (inputs, weights, where)."""
+    source = torch.cat([(sequence == IDS).nonzero()[:, 0] for sequence in order])
+    ids = torch.cat([torch.full((int((s == IDS).sum()),), place) for place, s in enumerate(order)])
+    where = {"completion_mask": MASK[source], "sequence_ids": ids, "num_sequences": len(order)}
+    return {name: value[source] for name, value in inputs.items()}, weight[source], where, source
+
+
+@LAW
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(VARIANTS),
+    st.sampled_from(AGGREGATIONS),
+    st.permutations(range(3)),
+    st.integers(0, 3),
+)
+def test_neither_order_nor_split_matters(seed, options, aggregation, order, cut):
+    inputs, weight = random_inputs(seed), weights(aggregation)
+    loss, grad, terms = loss_and_grad(inputs, weights=weight, **options)
+    parts, gathered, total = [order[:cut], order[cut:]], torch.zeros_like(grad), 0.0
+    sums = None
+    for part in parts:
+        if not part:
+            continue
+        some, some_weights, where, source = rearranged(inputs, weight, part)
+        part_loss, part_grad, part_terms = loss_and_grad(some, where, weights=some_weights, **options)
+        total += part_loss.item()
+        gathered[source] = part_grad
+        sums = part_terms if sums is None else sums + part_terms
+    assert total == pytest.approx(loss.item(), abs=1e-12)
+    assert torch.allclose(gathered, grad, atol=1e-13)
+    assert sums is not None
+    assert sums.metrics() == pytest.approx(terms.metrics(), abs=1e-12)
+
+
+@LAW
+@given(st.integers(0, 2**31), st.sampled_from(VARIANTS), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
+def test_padding_does_not_matter(seed, options, aggregation, amount):
+    inputs = random_inputs(seed)
+    loss, grad, terms = loss_and_grad(inputs, weights=weights(aggregation), **options)
+    longer = {name: torch.cat([value, torch.full((amount,), 9.0)]) for name, value in inputs.items()}
+    mask, ids = torch.cat([MASK, torch.zeros(amount, dtype=torch.bool)]), torch.cat([IDS, torch.full((amount,), 2)])
+    where = {"completion_mask": mask, "sequence_ids": ids, "num_sequences": 3}
+    padded = token_weights(**where, aggregation=aggregation, constant_length=10, dtype=torch.float64)
+    other_loss, other_grad, other_terms = loss_and_grad(longer, where, weights=padded, **options)
+    assert other_loss.item() == pytest.approx(loss.item(), abs=1e-13)
+    assert torch.allclose(other_grad[:8], grad, atol=1e-14)
+    assert other_grad[8:].abs().max().item() == 0
+    assert other_terms.metrics() == pytest.approx(terms.metrics(), abs=1e-12)
+
+
+@LAW
+@given(st.integers(0, 2**31), st.sampled_from(AGGREGATIONS), st.sampled_from([0.0, 0.1]))
+def test_the_gradient_is_the_derivative_of_the_loss(seed, aggregation, kl_coef):
+    inputs = random_inputs(seed)
+
+    def loss(logprobs, entropy):
+        rest = {name: value for name, value in inputs.items() if name != "logprobs"}
+        return grpo_loss(
+            logprobs,
+            **rest,
+            **WHERE,
+            weights=weights(aggregation),
+            entropy=entropy,
+            surrogate="sapo",
+            kl_coef=kl_coef,
+            kl_importance_weighted=True,
+            entropy_coef=0.01,
+        )[0]
+
+    logprobs = inputs["logprobs"].clone().requires_grad_()
+    entropy = torch.rand(8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, (logprobs, entropy))
 
 
 def test_a_huge_log_ratio_leaves_loss_and_gradient_finite():
@@ -215,6 +335,7 @@ def test_a_huge_log_ratio_leaves_loss_and_gradient_finite():
         {},
         {"ratio_level": "sequence"},
         {"surrogate": "cispo"},
+        {"surrogate": "sapo"},
         {"kl_coef": 0.1, "kl_importance_weighted": True},
     ):
         loss, grad, _ = loss_and_grad(inputs, weights=weights().float(), **options)
@@ -266,10 +387,27 @@ def test_terms_of_two_calls_add_up():
     assert both.metrics()["kl"] == pytest.approx((one.metrics()["kl"] + two.metrics()["kl"]) / 2)
 
 
-def test_surrogate_scale_leaves_the_kl_alone():
+def test_a_correction_touches_the_surrogate_only():
     inputs = random_inputs(3)
-    scale = torch.zeros(8, dtype=torch.float64)
-    loss, _, terms = loss_and_grad(inputs, surrogate_scale=scale, kl_coef=0.1)
+    inputs = {**inputs, "rollout_logprobs": inputs["old_logprobs"] + 5.0}
+    loss, _, terms = loss_and_grad(inputs, kl_coef=0.1, correct={"mask": "token"})
     assert terms.policy_loss.item() == 0
+    assert terms.mismatch_masked.item() == 5
     assert loss.item() == pytest.approx(terms.kl_loss.item())
+    assert loss.item() == pytest.approx(loss_and_grad(inputs, kl_coef=0.1)[2].kl_loss.item())
     assert loss.item() > 0
+
+
+def test_a_truncated_weight_scales_the_surrogate():
+    inputs = random_inputs(4)
+    inputs = {**inputs, "rollout_logprobs": inputs["old_logprobs"] - 1.0}
+    plain = loss_and_grad(inputs)[0].item()
+    loss, _, terms = loss_and_grad(inputs, correct={"truncate": "token", "truncate_max": 2.0})
+    assert loss.item() == pytest.approx(2.0 * plain)
+    assert terms.metrics()["mismatch_truncated"] == 1.0
+    loss, _, terms = loss_and_grad(inputs, correct={"truncate": "token", "truncate_max": 3.0})
+    assert loss.item() == pytest.approx(math.e * plain)
+    assert terms.metrics()["mismatch_truncated"] == 0.0
+    assert terms.metrics()["rollout_kl_k1"] == pytest.approx(-1.0)
+    assert terms.metrics()["rollout_kl_k3"] == pytest.approx(math.e - 2.0)
+    assert terms.metrics()["rollout_chi2"] == pytest.approx(math.e**2 - 1.0)

@@ -11,11 +11,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from policy.checkpoint import hf_state_dict
 from policy.deepseek import DeepseekPolicy
-from rollout.cluster import EngineConfig, EnginePool, RayEngine, build_engine, last_lines, start_engine, start_engines
+from rollout import cluster
+from rollout.cluster import (
+    EngineConfig,
+    EnginePool,
+    Rank,
+    RankError,
+    RankGroup,
+    RayEngine,
+    build_engine,
+    last_lines,
+    running_cluster,
+    start_engine,
+    start_engines,
+)
 from rollout.engine import SamplingParams
 from rollout.engine_checks import EngineError
 from rollout.torch_engine import TorchEngine
@@ -169,6 +183,75 @@ def test_ctrl_c_reaches_the_learner_alone_and_nothing_else_is_printed(checkpoint
     assert driver.returncode == 0
     assert (tmp_path / "engine-0.log").is_file()
     assert (tmp_path / "ray").is_dir()
+
+
+@pytest.mark.stack
+def test_a_cluster_that_runs_is_used_and_left_running(ray_cluster: Path, tmp_path: Path) -> None:
+    import ray
+
+    with running_cluster(tmp_path), running_cluster(tmp_path, needed=False):
+        assert ray.is_initialized()
+    assert ray.is_initialized()
+    assert not list(tmp_path.iterdir())
+
+
+def make_host() -> Callable[[Rank], object]:
+    """A host's class that travels to the actors by value."""
+
+    class Host:
+        def __init__(self, rank: Rank) -> None:
+            self.rank = rank
+
+        def add(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            for value in values.values():
+                value += self.rank.index  # its own memory, on every rank
+            return values
+
+        def meet(self) -> str:
+            return self.rank.rendezvous
+
+        def fail(self, index: int) -> None:
+            print(f"rank {self.rank.index} of {self.rank.count}", flush=True)
+            if self.rank.index == index:
+                raise KeyError("what went wrong")
+            time.sleep(600)
+
+    return Host
+
+
+@pytest.mark.stack
+def test_ranks_answer_in_order_and_the_one_that_fails_is_named(
+    ray_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "GRACE_S", 0.5)
+    group = RankGroup(make_host(), 2, tmp_path, name="rank", start_timeout_s=300.0)
+    given = {"half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16), "mask": torch.tensor([3], dtype=torch.int64)}
+    for index, answer in enumerate(group.call("adding", 120.0, "add", given)):
+        assert answer.keys() == given.keys()
+        for name, value in given.items():
+            assert torch.equal(answer[name], value + index)
+            assert answer[name].dtype == value.dtype
+    assert len(set(group.call("meeting", 120.0, "meet"))) == 1
+    with pytest.raises(RankError) as caught:
+        group.call("failing", 3600.0, "fail", 1)
+    assert isinstance(caught.value.cause, KeyError)
+    message = str(caught.value)
+    assert message.startswith("rank-1 failed while failing: KeyError: 'what went wrong'\nIts log is ")
+    assert str(tmp_path / "rank-1.log") in message
+    assert "rank 1 of 2" in message
+    with pytest.raises(RankError, match="rank-1 failed while failing"):
+        group.call("adding", 120.0, "add", given)
+
+
+@pytest.mark.stack
+def test_a_rank_that_hangs_fails_in_time(ray_cluster: Path, tmp_path: Path) -> None:
+    group = RankGroup(make_host(), 1, tmp_path, name="rank", start_timeout_s=300.0)
+    with pytest.raises(
+        RankError, match=r"rank-0 failed while hanging: no answer within 0\.5 s(.|\n)*rank-0\.log"
+    ) as caught:
+        group.call("hanging", 0.5, "fail", 1)
+    assert caught.value.cause is None
+    group.close()
 
 
 def test_an_engine_in_this_process_is_a_single_one() -> None:

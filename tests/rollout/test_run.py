@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rollout import durable
+from rollout import durable, run
 from rollout.durable import replacing, write_json
 from rollout.errors import UserError
 from rollout.provenance import git_state, versions
 from rollout.records import Group, Sample, Task
 from rollout.run import RunRecord, config_differences, read_metrics
 from rollout.sample_table import Phase, read_samples
+from tests.rollout.killing import killed_after
 from verifiers.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +66,13 @@ def steps_and_phases(rows: Sequence[Mapping[str, Any]]) -> set[tuple[int, str]]:
     return {(row["step"], row["phase"]) for row in rows}
 
 
-def all_rows(folder: Path) -> set[tuple[int, str]]:
+def every_row(folder: Path) -> list[dict[str, Any]]:
     phases: tuple[Phase, ...] = ("eval_before", "train", "eval_after")
-    return {pair for phase in phases for pair in steps_and_phases(read_samples(folder, phase))}
+    return [row for phase in phases for row in read_samples(folder, phase)]
+
+
+def all_rows(folder: Path) -> set[tuple[int, str]]:
+    return steps_and_phases(every_row(folder))
 
 
 @contextmanager
@@ -90,7 +96,7 @@ def test_a_new_folder_says_what_it_runs_on(tmp_path: Path) -> None:
         assert found["cores"] == os.cpu_count()
         assert (folder / "git.json").exists()
         assert (folder / "git.diff").exists()
-        assert record.command_to_resume == f"groupzero train {folder}/config.toml --resume"
+        assert record.command_to_resume == f"groupzero train {folder}/config.toml"
         assert record.log_path("vllm") == folder / "logs" / "vllm.log"
         assert (folder / "logs").is_dir()
 
@@ -145,20 +151,25 @@ def test_config_differences_compare_values_not_spelling() -> None:
     assert config_differences(old, {"a": {"b": 1, "c": [1]}, "e": "x"}) == [("a.c", [1, 2], [1])]
 
 
-def test_an_unfinished_run_needs_resume_and_a_finished_one_refuses_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_same_config_goes_on_with_an_unfinished_run_and_a_finished_one_is_refused(
+    tmp_path: Path, resume: bool
+) -> None:
     folder = tmp_path / "demo"
-    open_run(folder).close()
-    with open_run(folder) as record:  # no step is done yet: nothing can be lost
+    with open_run(folder) as record:
+        assert not record.resumed
         record.record({"step": 0, "reward_mean": 0.5})
-    with pytest.raises(UserError, match=re.escape(f"groupzero train {folder}/config.toml --resume")):
-        open_run(folder)
-    with open_run(folder, resume=True) as record:
-        assert record.resumed
-        assert (folder / "resumes" / "001" / "versions.json").exists()
+    first = (folder / "versions.json").read_bytes()
+    for number in (1, 2):
+        with open_run(folder, resume=resume) as record:
+            assert record.resumed
+            assert (folder / "resumes" / f"00{number}" / "versions.json").exists()
+    assert (folder / "versions.json").read_bytes() == first
+    assert read_metrics(folder) == [{"step": 0, "reward_mean": 0.5}]
+    with open_run(folder, resume=resume) as record:
         record.write_json("summary", {"num_steps": 1})
-    for resume in (False, True):
-        with pytest.raises(UserError, match=r"finished run; its report is .*demo/report\.html"):
-            open_run(folder, resume=resume)
+    with pytest.raises(UserError, match=r"finished run; its report is .*demo/report\.html"):
+        open_run(folder, resume=resume)
 
 
 def test_resume_without_a_run_and_a_folder_of_something_else(tmp_path: Path) -> None:
@@ -257,11 +268,27 @@ def test_samples_keep_every_column_through_the_merge(tmp_path: Path) -> None:
         "parts": '{"accuracy": 1.0}',
         "elapsed_s": 0.0,
         "advantage": -0.5,
+        "used": True,
         "num_completion_tokens": 3,
         "finish_reason": "stop",
         "policy_version_first": 3,
         "policy_version_last": 4,
     }
+
+
+def test_samples_that_were_not_learned_from_are_told_apart(tmp_path: Path) -> None:
+    learned = make_group(0)
+    left_out = replace(make_group(1), samples=tuple(replace(s, advantage=None) for s in make_group(1).samples))
+    with open_run(tmp_path / "demo") as record:
+        record.write_samples(0, [learned, left_out], "train", ["a", "b"])
+        record.write_samples(0, [left_out], "eval_before", ["b"])
+        record.finish_samples()
+        train, before = read_samples(record.run_dir, "train"), read_samples(record.run_dir, "eval_before")
+    assert [(row["task_id"], row["used"], row["advantage"]) for row in train] == [
+        *[("demo/0", True, -0.5)] * 2,
+        *[("demo/1", False, None)] * 2,
+    ]
+    assert [row["used"] for row in before] == [None, None]
 
 
 def test_samples_of_a_step_written_again_replace_the_former(tmp_path: Path) -> None:
@@ -366,6 +393,89 @@ def test_a_full_disk_while_merging_keeps_the_parts_and_the_former_table(tmp_path
         assert (record.run_dir / "samples.parquet").read_bytes() == before
         assert all_rows(record.run_dir) == {(0, "train"), (1, "train")}
         assert pq.read_table(record.finish_samples()).num_rows == 4
+
+
+def kill_everywhere(prepare: Callable[[Path], object], action: Callable[[Path], None], base: Path) -> Iterator[Path]:
+    """The folders that are left when `action` is killed before each of the changes it makes to files."""
+    for survives in range(300):
+        folder = base / str(survives)
+        prepare(folder)
+        if not killed_after(survives, partial(action, folder)):
+            return
+        yield folder
+    pytest.fail("the action never came to its end")
+
+
+def test_a_start_that_was_killed_anywhere_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    count = 0
+    for folder in kill_everywhere(lambda _: None, lambda folder: open_run(folder).close(), tmp_path):
+        open_run(folder).close()
+        assert (folder / "config.toml").read_text() == TOML
+        assert {"versions.json", "git.json", "git.diff"} <= {path.name for path in folder.iterdir()}
+        assert not list(folder.glob(".*.tmp"))
+        count += 1
+    assert count >= 12
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> None:
+    with open_run(tmp_path / "demo") as record:
+        write_step(record, 0)
+    halves = [tmp_path / "demo" / name for name in (".summary.json.tmp", "samples/.00000001-train.parquet.tmp")]
+    for half in halves:
+        half.write_bytes(b"half")
+    with open_run(tmp_path / "demo") as record:
+        assert [half.exists() for half in halves] == [False, False]
+        record.finish_samples()
+        assert all_rows(record.run_dir) == {(0, "train")}
+        assert not (record.run_dir / "samples").exists()
+
+
+def test_steps_done_again_after_a_kill_anywhere_are_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's samples and metrics, the end of a run, and forgetting: killed in each, gone on with from step 1."""
+    monkeypatch.setattr(run, "write_provenance", lambda folder, source: write_json(folder / "versions.json", {}))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # SIGKILL loses nothing that was written
+
+    def life(folder: Path) -> None:
+        with open_run(folder) as record:
+            record.truncate(1)
+            write_step(record, 1)
+            record.record({"step": 1, "reward_mean": 0.25})
+            record.finish_samples()
+
+    begun = tmp_path / "begun"
+    with open_run(begun) as record:
+        write_step(record, 0, "eval_before")
+        for step in range(3):
+            if step == 2:
+                record.finish_samples()
+            write_step(record, step)
+            record.record({"step": step, "reward_mean": 0.5})
+    count = 0
+    for folder in kill_everywhere(lambda folder: shutil.copytree(begun, folder), life, tmp_path):
+        life(folder)
+        assert read_metrics(folder) == [{"step": 0, "reward_mean": 0.5}, {"step": 1, "reward_mean": 0.25}]
+        rows = [(row["step"], row["phase"], row["sample_index"]) for row in every_row(folder)]
+        wanted = [(0, "eval_before"), (0, "train"), (1, "train")]
+        assert sorted(rows) == [(*pair, index) for pair in wanted for index in range(2)]
+        assert not (folder / "samples").exists()
+        count += 1
+    assert count >= 25
+
+
+def test_metrics_cut_at_any_byte_keep_every_whole_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "write_provenance", lambda folder, source: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    folder = tmp_path / "demo"
+    open_run(folder).close()
+    line = '{"step": 0, "text": "é"}\n'.encode()
+    for cut in range(3 * len(line) + 1):
+        (folder / "metrics.jsonl").write_bytes((line * 3)[:cut])
+        whole = (cut + 1) // len(line)  # the newline alone is no loss
+        assert [metrics["step"] for metrics in read_metrics(folder)] == [0] * whole
+        with open_run(folder) as record:
+            record.record({"step": 9})
+        assert [metrics["step"] for metrics in read_metrics(folder)] == [*[0] * whole, 9]
 
 
 def test_an_interrupted_write_leaves_no_trace(tmp_path: Path) -> None:

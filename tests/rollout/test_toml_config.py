@@ -226,3 +226,103 @@ def test_a_config_that_toml_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="changes when it is written as TOML"):
         to_toml(Optional(limit=None))
     assert to_toml(Optional(limit=6)) == "limit = 6\n"
+
+
+def write(folder: Path, **texts: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text)
+
+
+def test_extends_lies_below_the_files_own_values(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        low='seed = 1\nname = "low"\ngroup_size = 4\n[optimizer]\nlr = 1.0\nkind = "muon"\n[[rewards]]\nverifier = "a"',
+        high='seed = 2\n[optimizer]\nlr = 2.0\n[named.main]\nverifier = "n"\nweight = 3.0',
+    )
+    config = load(
+        tmp_path,
+        'extends = ["low.toml", "high.toml"]\nseed = 3\n[named.main]\nweight = 4.0\n[[rewards]]\nverifier = "own"',
+    )
+    assert (config.seed, config.name, config.group_size) == (3, "low", 4)
+    assert config.optimizer == Optimizer(lr=2.0, kind="muon")  # a table is merged, and the later of the two files wins
+    assert config.rewards == (Reward(verifier="own"),)  # a list is replaced
+    assert config.named == {"main": Reward(verifier="n", weight=4.0)}
+    assert "extends" not in to_toml(config)
+
+
+def test_extends_nests_and_looks_beside_the_file_and_then_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "cwd", shared="group_size = 5\nseed = 9", beside='name = "wrong"')
+    write(tmp_path / "configs", beside='extends = "shared.toml"\nname = "beside"', run='extends = "beside.toml"')
+    monkeypatch.chdir(tmp_path / "cwd")
+    config = load_config(Config, tmp_path / "configs" / "run.toml")
+    assert (config.group_size, config.seed, config.name) == (5, 9, "beside")
+
+
+def test_the_same_file_may_be_extended_twice(tmp_path: Path) -> None:
+    write(tmp_path, root="group_size = 4\nseed = 1", a='extends = "root.toml"\nname = "a"', b='extends = "root.toml"')
+    assert load(tmp_path, 'extends = ["a.toml", "b.toml"]') == Config(group_size=4, seed=1, name="a")
+
+
+def test_extends_on_the_command_line_lies_over_what_comes_before(tmp_path: Path) -> None:
+    write(tmp_path, own="seed = 1", preset='seed = 2\nname = "preset"\n[optimizer]\nlr = 2.0')
+    text = 'extends = "own.toml"\ngroup_size = 8\nname = "file"\n[optimizer]\nkind = "muon"'
+    preset = f"extends={tmp_path / 'preset.toml'}"
+    config = load(tmp_path, text, "seed=3", preset, "optimizer.lr=5")
+    assert (config.seed, config.name, config.group_size) == (2, "preset", 8)
+    assert config.optimizer == Optimizer(lr=5.0, kind="muon")
+    both = load(tmp_path, text, f'extends=["{tmp_path / "preset.toml"}", "{tmp_path / "own.toml"}"]')
+    assert (both.seed, both.name) == (1, "preset")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('extends = "none.toml"', "none.toml: there is no such config file, which {run} extends"),
+        ('extends = "bad.toml"', "bad.toml: not valid TOML"),
+        ('extends = "run.toml"', "run.toml: extends goes round in a circle: {run} -> {run}"),
+        ('extends = "there.toml"', "extends goes round in a circle: {run} -> {folder}/there.toml -> {run}"),
+        ("extends = 3", "{run}: extends must be the path of a config file or a list of such paths, not 3"),
+        ("extends = []", "must be the path of a config file"),
+        ('extends = ["x.toml", ""]', "must be the path of a config file"),
+    ],
+)
+def test_extends_that_cannot_be_followed(tmp_path: Path, text: str, says: str) -> None:
+    write(tmp_path, bad="a = = 1", there='extends = "run.toml"')
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text)
+    assert says.format(run=tmp_path / "run.toml", folder=tmp_path) in str(caught.value)
+
+
+def test_mistakes_in_an_extended_file_name_it(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.toml"
+    write(tmp_path, preset='sed = 1\n[optimizer]\nlr = -1.0\nkind = "sgd"\n[[rewards]]\nverifier = 7')
+    text = 'extends = "preset.toml"\ngroup_size = 1\n[optimizer]\nkind = "adam"'
+    assert mistakes(tmp_path, text) == [
+        f"sed: unknown key; did you mean seed?, in {preset}",
+        "group_size: should be greater than or equal to 2 (got 1)",
+        f"optimizer.lr: should be greater than 0 (got -1.0), in {preset}",
+        "optimizer.kind: should be 'adamw' or 'muon' (got 'adam')",
+        f"rewards.0.verifier: should be a valid string (got 7), in {preset}",
+    ]
+    overridden = mistakes(tmp_path, text, "optimizer.lr=-2", "rewards.0.verifier=8", "sed=2")
+    assert not any("preset" in line for line in overridden)
+    over = mistakes(tmp_path, "group_size = 1\n[optimizer]\nlr = -3.0", f"extends={preset}")
+    assert f"optimizer.lr: should be greater than 0 (got -1.0), in {preset}" in over
+    assert "group_size: should be greater than or equal to 2 (got 1)" in over
+
+
+def test_a_table_names_the_file_only_if_all_of_it_is_from_there(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.toml"
+    write(tmp_path, preset="group_size = 4\n[optimiser]\nlr = 1.0")
+    line = "optimiser: unknown key; did you mean optimizer?"
+    assert mistakes(tmp_path, 'extends = "preset.toml"') == [f"{line}, in {preset}"]
+    assert mistakes(tmp_path, 'extends = "preset.toml"\n[optimiser]\nkind = "muon"') == [line]
+
+
+def test_extends_is_a_key_of_the_top_alone_and_a_near_miss_is_named(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, 'group_size = 2\nextend = "x.toml"') == ["extend: unknown key; did you mean extends?"]
+    nested = mistakes(tmp_path, 'group_size = 2\n[optimizer]\nextends = "x.toml"')
+    assert nested == ["optimizer.extends: unknown key; known here: lr, kind"]

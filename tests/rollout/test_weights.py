@@ -13,8 +13,10 @@ from policy.layer_groups import LAYER_GROUPS, layer_group
 from rollout.cluster import EnginePool
 from rollout.engine import Completion, SamplingParams
 from rollout.engine_checks import EngineError
+from rollout.sync_diagnosis import Gap, measure_gap
 from rollout.torch_engine import TorchEngine
-from rollout.weights import SyncConfig, WeightSync, WeightSyncError
+from rollout.weights import PolicySource, SyncConfig, WeightSync, WeightSyncError, policy_of
+from tests.policy.dense_builders import dense_policy
 
 MakePolicy = Callable[[int], DeepseekPolicy]
 SAMPLED = [group for group in LAYER_GROUPS if group != "mtp"]  # drafts change no sample, so no probe sees them
@@ -193,3 +195,74 @@ def test_the_tolerance_follows_the_engines_type_unless_set(make_policy: MakePoli
     strict = WeightSync(engine, vocab_size=VOCAB, engine_dtype="bfloat16", config=SyncConfig(tolerance=1e-4))
     with pytest.raises(WeightSyncError, match=r"tolerance 0.0001"):
         strict.publish(model, 2)
+
+
+class Elsewhere:
+    """A source whose policy is not at hand: only weights, gaps and copies come out of it."""
+
+    def __init__(self, model: DeepseekPolicy) -> None:
+        self._model = model
+        self.asked = 0
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        self.asked += 1
+        return {name: weight.detach().clone() for name, weight in hf_state_dict(self._model).items()}
+
+    def measure_gap(self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]) -> Gap:
+        return measure_gap(self._model, prompts, completions)
+
+    def scratch(self) -> DeepseekPolicy:
+        model = policy_of(self._model.config, hf_state_dict(self._model))
+        assert isinstance(model, DeepseekPolicy)
+        return model
+
+
+@pytest.mark.parametrize("group", ["attention", "experts"])
+def test_a_source_elsewhere_is_asked_once_and_explains_as_well(make_policy: MakePolicy, group: str) -> None:
+    engine = LosingEngine(make_policy(0))
+    sync = WeightSync(engine, vocab_size=VOCAB)
+    source = Elsewhere(make_policy(0))
+    assert sync.publish(source, 0).probe_gap_max < 1e-5
+    assert source.asked == 1
+    engine.lost = [group]
+    with pytest.raises(WeightSyncError, match=f"previous `{group}` weights"):
+        sync.publish(Elsewhere(make_policy(1)), 1)
+
+
+def test_a_policy_made_of_weights_is_the_same_and_its_own(make_policy: MakePolicy) -> None:
+    model = make_policy(3)
+    copy = policy_of(model.config, hf_state_dict(model))
+    assert not copy.training
+    assert copy.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in copy.state_dict().items())
+    with torch.no_grad():
+        for value in copy.state_dict().values():
+            value.add_(1)
+    assert all(torch.equal(v, make_policy(3).state_dict()[name]) for name, v in model.state_dict().items())
+
+
+def test_a_policy_made_of_dense_weights_is_the_same() -> None:
+    model = dense_policy("qwen3_tied")
+    copy = policy_of(model.config, hf_state_dict(model))
+    prompts = [[1, 2, 3], [4, 5, 6, 7]]
+    completions = TorchEngine(model).generate(prompts, SamplingParams(max_completion_tokens=8), [0, 1])
+    assert measure_gap(copy, prompts, completions).largest < 1e-5
+
+
+def test_a_source_measures_in_evaluation_mode_and_follows_its_policy(make_policy: MakePolicy) -> None:
+    model = make_policy(0).train()
+    source = PolicySource(model)
+    prompts = [[1, 2, 3], [4, 5]]
+    completions = TorchEngine(model).generate(prompts, SamplingParams(max_completion_tokens=8), [0, 1])
+    modes: list[bool] = []
+    handle = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    assert source.measure_gap(prompts, completions).largest < 1e-5
+    handle.remove()
+    assert modes == [False]
+    assert model.training
+    weights, scratch = source.weights(), source.scratch()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert not weights["lm_head.weight"].any()
+    assert scratch.lm_head.weight.any()
+    assert not scratch.training
