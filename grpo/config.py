@@ -9,9 +9,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from grpo.algorithm_config import AlgorithmConfig
 from policy.layer_groups import LAYER_GROUPS
+from rollout.checkpoints import CheckpointConfig
 from rollout.cluster import EngineConfig
 from rollout.tasks import DataConfig
 from rollout.templates import check_template
+from rollout.trackers import TrackingConfig
 from rollout.weights import SyncConfig
 
 
@@ -191,27 +193,6 @@ class EvalConfig(_Table):
         if self.k > self.num_samples:
             raise ValueError(f"k={self.k} needs num_samples of at least that, not {self.num_samples}")
         return self
-
-
-class CheckpointConfig(_Table):
-    """What is kept for resuming and for use."""
-
-    every_steps: int = Field(default=20, ge=1, description="a checkpoint every so many steps, and one at the end")
-    keep_last: int = Field(default=2, ge=1, description="how many of the newest are kept")
-    keep_every: int = Field(default=0, ge=0, description="keep those of every so many steps for good; 0: none")
-    keep_best: bool = Field(
-        default=False, description="keep the one with the best held-out pass@1 (needs eval.every_steps)"
-    )
-    asynchronous: bool = Field(default=True, description="write to disk while training goes on, from a copy in memory")
-
-
-class TrackingConfig(_Table):
-    """Where metrics go beside metrics.jsonl; a tracker that fails is reported once and left out."""
-
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
-        default=(), description="trackers, each a package to be installed beside groupzero"
-    )
-    project: str = Field(default="groupzero", min_length=1, description="project or experiment the run is filed under")
 
 
 def _check_sampling_mask(config: TrainConfig) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from grpo.batch import Batch, build_batch
-from grpo.checkpoints import Checkpoints, latest_checkpoint
 from grpo.config import TrainConfig
 from grpo.held_out import HeldOut
 from grpo.inputs import Inputs, score_pool
@@ -32,6 +31,7 @@ from grpo.measures import (
 from grpo.objective import penalised_rewards
 from grpo.report import write_report
 from policy.account import account_of
+from rollout.checkpoints import Checkpoints, latest_checkpoint
 from rollout.cluster import running_cluster, running_engines
 from rollout.durable import write_json
 from rollout.engine import Engine, SamplingParams

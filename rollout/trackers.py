@@ -20,7 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.durable import write_json
 from rollout.errors import UserError
@@ -31,6 +33,17 @@ STATE = "trackers.json"
 MAX_WAITING = 1000  # entries that a slow tracker may lie behind
 CLOSE_TIMEOUT_S = 20.0
 _NOT_IN_A_NAME = re.compile(r"[^\w\-. :/]")  # mlflow refuses anything else in a metric's name
+
+
+class TrackingConfig(BaseModel):
+    """Where metrics go beside metrics.jsonl; a tracker that fails is reported once and left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        default=(), description="trackers, each a package to be installed beside groupzero"
+    )
+    project: str = Field(default="groupzero", min_length=1, description="project or experiment the run is filed under")
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.checkpoints import MANIFEST, latest_checkpoint, verify_checkpoint
+from rollout.checkpoints import MANIFEST, latest_checkpoint, verify_checkpoint
 from policy.atomic import CheckpointError, atomic_folder
 from policy.checkpoint import read_config
 from policy.checkpoint_names import ROUTER_BIAS

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.sft import SftConfig, train_sft
-from grpo.checkpoints import latest_checkpoint
+from rollout.checkpoints import latest_checkpoint
 from grpo.config import TrainConfig
 from grpo.inputs import open_inputs, score_pool
 from grpo.report import write_report

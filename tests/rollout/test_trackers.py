@@ -232,7 +232,7 @@ def test_a_missing_package_is_named_before_the_run_with_how_to_install_it(monkey
 def test_every_tracker_of_the_config_is_known() -> None:
     from typing import get_args
 
-    from grpo.config import TrackingConfig
+    from rollout.trackers import TrackingConfig
 
     annotation = TrackingConfig.model_fields["trackers"].annotation
     assert set(get_args(get_args(annotation)[0])) == set(trackers.PACKAGES)

@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from grpo.checkpoints import Checkpoints
-from grpo.config import CheckpointConfig
 from policy.atomic import CheckpointError
 from policy.checkpoint import hf_state_dict, load_policy, save_policy
 from policy.deepseek import DeepseekPolicy
@@ -24,6 +22,7 @@ from policy.dense import DensePolicy
 from policy.dense_config import DenseConfig
 from policy.fp8_format import QUANTIZATION_CONFIG, dequantise, quantise
 from policy.interface import Policy
+from rollout.checkpoints import CheckpointConfig, Checkpoints
 from rollout.errors import UserError
 from rollout.tokenizer import train_tokenizer
 from scripts import export_command

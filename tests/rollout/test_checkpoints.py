@@ -20,9 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from grpo.checkpoints import Checkpoints, latest_checkpoint, read_manifest, verify_checkpoint
-from grpo.config import CheckpointConfig
 from policy.atomic import CheckpointError
+from rollout.checkpoints import CheckpointConfig, Checkpoints, latest_checkpoint, read_manifest, verify_checkpoint
 from rollout.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -308,7 +307,7 @@ KILLED = """
     from pathlib import Path
     from types import SimpleNamespace
 
-    from grpo.checkpoints import Checkpoints
+    from rollout.checkpoints import Checkpoints
 
     def write(folder, step):
         for i in range(6):

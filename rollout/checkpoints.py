@@ -18,18 +18,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from policy.atomic import CheckpointError, atomic_folder
 from rollout.errors import UserError
-
-if TYPE_CHECKING:
-    from grpo.config import CheckpointConfig
 
 LEARNER_STATE = "learner.pt"
 MANIFEST = "manifest.json"
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointConfig(BaseModel):
+    """What is kept for resuming and for use."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every_steps: int = Field(default=20, ge=1, description="a checkpoint every so many steps, and one at the end")
+    keep_last: int = Field(default=2, ge=1, description="how many of the newest are kept")
+    keep_every: int = Field(default=0, ge=0, description="keep those of every so many steps for good; 0: none")
+    keep_best: bool = Field(
+        default=False, description="keep the one with the best held-out pass@1 (needs eval.every_steps)"
+    )
+    asynchronous: bool = Field(default=True, description="write to disk while training goes on, from a copy in memory")
 
 
 @dataclass(frozen=True)
