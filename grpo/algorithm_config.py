@@ -147,8 +147,15 @@ class AlgorithmConfig(BaseModel):
             raise ValueError("aggregation 'constant' needs constant_length")
         if self.surrogate == "cispo" and (self.cispo_ratio_max is None) == (self.cispo_eps_high is None):
             raise ValueError("surrogate 'cispo' needs exactly one of cispo_ratio_max (a ratio) and cispo_eps_high")
+        if self.kl_placement == "reward" and self.kl_coef > 0 and self.zero_variance_groups != "keep":
+            raise ValueError("with kl_placement 'reward' no group has equal rewards: set zero_variance_groups = 'keep'")
         if self.kl_placement == "reward" and self.kl_importance_weighted:
             raise ValueError("kl_importance_weighted weights the loss's KL; with kl_placement 'reward' there is none")
+        if self.kl_placement == "reward" and self.advantage_per_reward:
+            raise ValueError(
+                "kl_placement 'reward' takes the KL off the sum of the rewards, which advantage_per_reward does not look at: "
+                "set kl_placement = 'loss', or advantage_per_reward = false"
+            )
         if self.reference_refresh_steps and self.reference_ema_decay is not None:
             raise ValueError("set reference_refresh_steps or reference_ema_decay, not both")
         if self.entropy_target is not None and self.entropy_coef > self.entropy_coef_max:

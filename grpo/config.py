@@ -99,6 +99,9 @@ class TrainSamplingConfig(_Table):
         steps = [cap.from_step for cap in self.length_schedule]
         if steps != sorted(set(steps)):
             raise ValueError(f"length_schedule must be in the order of from_step, each once, not {steps}")
+        lengths = [self.max_completion_tokens, *(cap.max_completion_tokens for cap in self.length_schedule)]
+        if lengths != sorted(lengths):
+            raise ValueError(f"length_schedule must grow from max_completion_tokens on, not {lengths}")
         return self
 
     def max_tokens_at(self, step: int) -> int:
@@ -274,7 +277,8 @@ class TrainConfig(_Table):
             )
         _check_sampling_mask(self)
         _check_ranks(self.learner)
-        if self.checkpoint.keep_best and self.checkpoint.every_steps % (self.eval.every_steps or self.num_steps + 1):
+        measured = self.eval.every_steps and self.checkpoint.every_steps % self.eval.every_steps == 0
+        if self.checkpoint.keep_best and not measured:
             raise ValueError(
                 f"checkpoint.keep_best needs a measurement at each checkpoint: set eval.every_steps to a divisor of "
                 f"checkpoint.every_steps={self.checkpoint.every_steps}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from grpo.config import TrainConfig
 from grpo.measures import failures_in_words
 from rollout.engine import Engine, SamplingParams
+from rollout.errors import UserError
 from rollout.evaluation import EvalResult, evaluate, is_correct, pass_at_k
 from rollout.records import Task
 from rollout.run import Observer, RunRecord
@@ -33,7 +34,11 @@ class HeldOut:
     def before(self) -> tuple[EvalResult, list[float]]:
         """The measurement at step 0 and pass@k of each problem; done once in a run's life."""
         path = self.record.run_dir / "eval_before.json"
-        return read_eval(path) if path.exists() else self._measure("before", 0)
+        if path.exists():
+            return read_eval(path)
+        if self.engine.policy_version > 0:
+            self.observer.message(f"{path} is gone: what is measured now as before training has been trained already.")
+        return self._measure("before", 0)
 
     def after(self) -> tuple[EvalResult, list[float]]:
         """The measurement of the trained policy and pass@k of each problem."""
@@ -92,6 +97,9 @@ class HeldOut:
 
 def read_eval(path: Path) -> tuple[EvalResult, list[float]]:
     """A measurement as it was written into the run folder."""
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): put back a copy, or remove it to measure again.") from error
     each = values.pop("pass_at_k_by_problem")
     return EvalResult(**values), each

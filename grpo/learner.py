@@ -84,13 +84,18 @@ class Learner:
         self.num_optimizer_steps = 0
         self.skipped_in_a_row = 0
 
-    def step(self, batch: Batch, step: int) -> dict[str, float]:
+    def step(self, batch: Batch | None, step: int) -> dict[str, float]:
         """Learn from one rollout batch; metrics are means over its completion tokens, as in `LossTerms.metrics`.
+
+        Without a batch, where a step has nothing to teach, the reference alone moves on, and there are no metrics.
 
         Log-probabilities that `fill` left in the batch are used as they are; the others are computed once, before the
         first optimizer step. One whose loss or gradient is not finite is skipped and counted in `skipped`;
         NonFiniteLossError after `max_skipped_steps` in a row, with the minibatch saved.
         """
+        if batch is None:
+            self._move_reference(step)
+            return {}
         algorithm, config = self.algorithm, self.config
         self._check_replay(batch)
         batch = batch.to("cpu")
@@ -161,7 +166,7 @@ class Learner:
         algorithm = self.algorithm
         count = min(self.config.num_minibatches, batch.num_sequences)
         for epoch in range(self.config.num_epochs):
-            seed = self.seed * 1_000_003 + step + epoch * EPOCH_STRIDE
+            seed = (self.seed * 1_000_003 + step + epoch * EPOCH_STRIDE) % 2**64
             for minibatch in split_minibatches(batch, count, seed=seed):
                 yield with_weights(
                     minibatch, aggregation=algorithm.aggregation, constant_length=algorithm.constant_length
@@ -186,7 +191,8 @@ class Learner:
         self.num_optimizer_steps += 1
         if update.finite:
             self.skipped_in_a_row = 0
-            self.optimizer.step()
+            if update.terms.num_tokens:  # where all is masked, momentum alone would move the weights
+                self.optimizer.step()
             if math.isfinite(update.entropy):
                 self.entropy = self.entropy.after(update.entropy)
         else:

@@ -43,8 +43,8 @@ class LearnerHandle(WeightSource, Protocol):
         """The batch with what the present policy and the reference say of it."""
         ...
 
-    def step(self, batch: Batch, step: int) -> dict[str, float]:
-        """Learn from one rollout batch; the metrics of `Learner.step`."""
+    def step(self, batch: Batch | None, step: int) -> dict[str, float]:
+        """Learn from one rollout batch, or from none; the metrics of `Learner.step`."""
         ...
 
     def snapshot(self, step: int) -> WriteSnapshot:
@@ -102,7 +102,7 @@ class LocalLearner(PolicySource):
         """As `Learner.fill`."""
         return self.learner.fill(batch)
 
-    def step(self, batch: Batch, step: int) -> dict[str, float]:
+    def step(self, batch: Batch | None, step: int) -> dict[str, float]:
         """As `Learner.step`."""
         return self.learner.step(batch, step)
 

@@ -97,7 +97,7 @@ class RankLearner:
         batch = self.fill(batch)
         return batch.old_logprobs, batch.ref_logprobs
 
-    def step(self, batch: Batch, step: int) -> dict[str, float]:
+    def step(self, batch: Batch | None, step: int) -> dict[str, float]:
         """As `Learner.step`, of the whole batch."""
         return self.learner.step(batch, step)
 
@@ -174,9 +174,9 @@ class RayLearner:
         old, ref = self._call("computing log-probabilities", "filled", batch.to("cpu"))
         return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=ref)
 
-    def step(self, batch: Batch, step: int) -> dict[str, float]:
+    def step(self, batch: Batch | None, step: int) -> dict[str, float]:
         """As `Learner.step`."""
-        return self._call(f"learning from step {step}", "step", batch.to("cpu"), step)
+        return self._call(f"learning from step {step}", "step", batch and batch.to("cpu"), step)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights as of now, in this process's memory."""

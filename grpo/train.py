@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,18 @@ from grpo.config import TrainConfig
 from grpo.held_out import HeldOut
 from grpo.inputs import Inputs, score_pool
 from grpo.learner import NonFiniteLossError
-from grpo.learner_handle import LearnerHandle, open_learner
+from grpo.learner_handle import open_learner
 from grpo.measures import (
     VerifierFailureError,
     failures_in_words,
     is_informative,
-    learning_or_sharpening,
     sample_metrics,
     with_advantages,
 )
 from grpo.objective import penalised_rewards
 from grpo.report import write_report
-from policy.account import account_of
+from grpo.summary import run_summary
+from policy.atomic import CheckpointError
 from rollout.checkpoints import Checkpoints, latest_checkpoint
 from rollout.cluster import running_cluster, running_engines
 from rollout.durable import write_json
@@ -128,11 +127,15 @@ class _Run:
         self.first_step = 0
         self.state: dict[str, Any] = {}
         if self.resumed_from is not None:
-            self.state = json.loads((self.resumed_from / RUN_STATE).read_text())
+            self.state = _run_state(self.resumed_from)
             self.first_step = self.state["step"]
             self.seconds |= self.state["seconds"]
             self.earlier_s = sum(self.seconds.values())
             observer.message(f"going on at step {self.first_step} from {self.resumed_from}")
+        elif record.resumed:
+            observer.message(
+                "the run has no checkpoint yet: it begins at step 0 again, with the samples that were kept"
+            )
         if record.resumed:
             record.truncate(self.first_step)
 
@@ -140,26 +143,24 @@ class _Run:
     def opened(self) -> Iterator[None]:
         """The learner and the trackers, for as long as the block runs."""
         config, record = self.config, self.record
-        self.learner: LearnerHandle = open_learner(
-            config, self.weights_dir, bad_batch_path=record.run_dir / "bad_batch.pt", log_dir=record.run_dir / "logs"
-        )
-        self.trackers = Trackers(
-            config.tracking.trackers,
-            config.tracking.project,
-            record.run_dir.name,
-            record.run_dir / "trackers",
-            config.model_dump(mode="json"),
-            self.observer.message,
-            first_step=self.first_step,
-        )
-        try:
+        bad_batch_path, log_dir = record.run_dir / "bad_batch.pt", record.run_dir / "logs"
+        with closing(
+            open_learner(config, self.weights_dir, bad_batch_path=bad_batch_path, log_dir=log_dir)
+        ) as self.learner:
             if self.resumed_from is not None:
                 self.learner.load_state(self.resumed_from)
             self.prompter = self._prompter()
-            yield
-        finally:
-            self.trackers.close()
-            self.learner.close()
+            self.trackers = Trackers(
+                config.tracking.trackers,
+                config.tracking.project,
+                record.run_dir.name,
+                record.run_dir / "trackers",
+                config.model_dump(mode="json"),
+                self.observer.message,
+                first_step=self.first_step,
+            )
+            with closing(self.trackers):
+                yield
 
     def _prompter(self) -> Prompter:
         config = self.config
@@ -234,6 +235,7 @@ class _Run:
                     self._save(step)
                     self.checkpoints.wait()
                     raise RunInterrupted(f"stopped before step {step}; go on with\n  {self.record.command_to_resume}")
+                self.checkpoints.check()
                 metrics = self._step(step)
                 done, score = step + 1, None
                 if config.eval.every_steps and done % config.eval.every_steps == 0:
@@ -294,7 +296,7 @@ class _Run:
             nothing = "every completion was cut off at the length limit, and algorithm.mask_truncated leaves those out"
         if nothing:
             self.observer.message(f"step {step}: {nothing}, so there was nothing to learn from")
-            return {"skipped": 0, "num_learned_samples": 0}
+            return {"skipped": 0, "num_learned_samples": 0} | self.learner.step(None, step)
         batch = build_batch(samples, [sample.advantage or 0.0 for sample in samples])
         try:
             if algorithm.kl_placement == "reward" and algorithm.kl_coef > 0:
@@ -303,7 +305,6 @@ class _Run:
         except NonFiniteLossError as error:
             skipped = self.config.learner.num_minibatches
             self.record.record({"step": step, "skipped": skipped, "stopped": str(error)})
-            self.checkpoints.wait()
             kept = latest_checkpoint(self.checkpoints.folder)
             raise NonFiniteLossError(
                 f"step {step}: {error} The newest checkpoint is {kept or 'not there yet'}. To go on from it, with the same "
@@ -386,43 +387,29 @@ class _Run:
         """Merge the samples, write summary.json and the report."""
         self.observer.stage("report")
         self.record.finish_samples()
-        (first, first_each), (last, last_each) = before, after
-        metrics = read_metrics(self.record.run_dir)
-        # A skipped step may have had no finite gap.
-        gaps = [m["logprob_gap_mean"] for m in metrics if m.get("logprob_gap_mean") is not None]
-        size = account_of(self.learner.policy_config).parameters
         self._settle()
-        verdict, text = learning_or_sharpening(first, first_each, last, last_each)
-        summary = {
-            "pass_at_1_before": first.pass_at_1,
-            "pass_at_1_after": last.pass_at_1,
-            "pass_at_k_before": first.pass_at_k,
-            "pass_at_k_after": last.pass_at_k,
-            "k": last.k,
-            "majority_at_k_before": first.majority_at_k,
-            "majority_at_k_after": last.majority_at_k,
-            "greedy_before": first.greedy,
-            "greedy_after": last.greedy,
-            "num_problems": last.num_problems,
-            "num_samples": last.num_samples,
-            "verifier_failures": first.num_failed + last.num_failed,
-            "num_steps": self.config.num_steps,
-            "wall_s": sum(self.seconds.values()),
-            "seconds_by_stage": self.seconds,
-            "logprob_gap_mean": statistics.fmean(gaps) if gaps else None,
-            "logprob_gap_max": max(
-                (m["logprob_gap_max"] for m in metrics if m.get("logprob_gap_max") is not None), default=None
-            ),
-            "skipped_steps": sum(m["skipped"] for m in metrics),
-            "engine": self.config.engine.kind,
-            "seed": self.config.seed,
-            "model": {"total_params": size.total, "active_params": size.active},
-            "verdict": verdict,
-            "learning_or_sharpening": text,
-            "checkpoint": str(latest_checkpoint(self.checkpoints.folder)),
-        }
-        self.record.write_json("summary", summary)
+        summary = run_summary(
+            self.config,
+            self.learner.policy_config,
+            read_metrics(self.record.run_dir),
+            before,
+            after,
+            self.seconds,
+            latest_checkpoint(self.checkpoints.folder),
+        )
         self.journal.remove()
+        self.record.write_json("summary", summary)
         write_report(self.record.run_dir)
         self.trackers.close(summary)
         return summary
+
+
+def _run_state(checkpoint: Path) -> dict[str, Any]:
+    """What the run itself saved; CheckpointError where a checkpoint without a manifest has lost it."""
+    path = checkpoint / RUN_STATE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} can't be read ({error}): remove {checkpoint}, and the one before it is used"
+        ) from error

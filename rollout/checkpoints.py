@@ -41,7 +41,10 @@ class CheckpointConfig(BaseModel):
     keep_best: bool = Field(
         default=False, description="keep the one with the best held-out pass@1 (needs eval.every_steps)"
     )
-    asynchronous: bool = Field(default=True, description="write to disk while training goes on, from a copy in memory")
+    asynchronous: bool = Field(
+        default=True,
+        description="write to disk while training goes on, from a copy in memory; ranks and bfloat16 wait for it",
+    )
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,11 @@ class Checkpoints:
         finally:
             while self._notices:
                 self._message(self._notices.popleft())
+
+    def check(self) -> None:
+        """As `wait`, where the save in the background has ended; nothing while it goes on."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def latest(self) -> Path | None:
         """The newest checkpoint that is what its manifest says, None without one.

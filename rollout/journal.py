@@ -104,7 +104,8 @@ class RolloutJournal:
     def prune(self, first_draw_kept: int) -> None:
         """Remove all calls of earlier draws; safe while another thread writes later ones."""
         for path in self.folder.glob("draw-*"):
-            if int(path.name.split("-")[1]) < first_draw_kept:
+            draw = path.name.split("-")[1]
+            if draw.isdecimal() and int(draw) < first_draw_kept:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:

@@ -78,9 +78,14 @@ def merge_parts(run_dir: Path) -> Path:
 
     Rows already merged stay, but for those of a step and phase that a part holds again.
     """
+    import pyarrow as pa
+
     merged, parts = run_dir / MERGED, _parts(run_dir)
     if parts or not merged.exists():
-        _rewrite(merged, _tables(run_dir))
+        try:
+            _rewrite(merged, _tables(run_dir))
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{error} Remove that file, and resume: its samples are lost.") from error
         for part in parts:
             part.unlink()
     if (run_dir / PARTS).is_dir() and not any((run_dir / PARTS).iterdir()):

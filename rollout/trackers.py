@@ -86,11 +86,14 @@ class Trackers:
         from accelerate import PartialState
 
         PartialState()  # accelerate's trackers ask it whether they are the main process; made here, by one thread
-        state = _read_state(folder)
+        state = self._state(folder)
         is_new = not state
         for name in names:
             state.setdefault(name, uuid.uuid4().hex)
-        write_json(folder / STATE, state)
+        try:
+            write_json(folder / STATE, state)
+        except UserError as error:
+            message(f"A resumed run will begin anew in its trackers: {error}")
         values = flat_config(config) if is_new else {}
         for name in names:
             opening = Opening(name, project, run_name, folder, state[name], first_step, is_new)
@@ -115,6 +118,17 @@ class Trackers:
             tracker.join(max(0.0, deadline - time.monotonic()))
         self._trackers = []
         self._say()
+
+    def _state(self, folder: Path) -> dict[str, str]:
+        """The ids that earlier processes of the run used; {} at its beginning, and where they can't be read."""
+        path = folder / STATE
+        try:
+            return {str(name): str(value) for name, value in json.loads(path.read_bytes()).items()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError, AttributeError) as error:
+            self._message(f"{path} is damaged ({error}): the trackers begin anew.")
+            return {}
 
     def _say(self) -> None:
         while self._notices:
@@ -141,7 +155,7 @@ def open_tracker(opening: Opening) -> Any:
     name, folder = opening.name, opening.folder
     if name == "tensorboard":
         # Steps that a resumed run does again replace those that were written before it was killed.
-        again = {"purge_step": opening.first_step} if opening.first_step else {}
+        again = {} if opening.is_new else {"purge_step": opening.first_step}
         return tracking.TensorBoardTracker("tensorboard", folder, **again)
     if name == "wandb":
         return tracking.WandBTracker(
@@ -250,15 +264,3 @@ def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool |
                 value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
             )
     return flat
-
-
-def _read_state(folder: Path) -> dict[str, str]:
-    """The ids that earlier processes of the run used; {} at its beginning."""
-    path = folder / STATE
-    if not path.exists():
-        return {}
-    try:
-        state = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove it, and the trackers begin anew.") from error
-    return {str(name): str(value) for name, value in state.items()}

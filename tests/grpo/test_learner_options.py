@@ -148,6 +148,21 @@ def test_the_reference_is_refreshed_every_so_many_steps(tmp_path: Path) -> None:
     assert [kl > 1e-5 for kl in kls] == [False, True, False, True, False]
 
 
+def test_the_reference_moves_on_in_steps_with_nothing_to_learn(tmp_path: Path) -> None:
+    learner = make_learner(tmp_path, lr=0.01, algorithm={"kl_coef": 0.1, "reference_refresh_steps": 2})
+    learner.step(make_batch(tiny_policy(SMALL)), 0)
+    before = weights_of(learner)
+    assert learner.step(None, 1) == {}
+    assert largest_move(learner, before) == 0
+    assert learner.step(make_batch(tiny_policy(SMALL)), 2)["kl"] < 1e-9
+
+
+def test_any_seed_of_the_config_splits_the_samples(tmp_path: Path) -> None:
+    learner = make_learner(tmp_path, num_minibatches=2)
+    learner.seed = 10**30
+    assert learner.step(make_batch(tiny_policy(SMALL)), 0)["num_optimizer_steps"] == 2
+
+
 def test_an_entropy_bonus_makes_the_policy_more_random_and_is_steered(tmp_path: Path) -> None:
     steady = make_learner(tmp_path, lr=1e-2, algorithm={"entropy_coef": 1.0})
     batch = make_batch(tiny_policy(SMALL), (0.0,) * 6)

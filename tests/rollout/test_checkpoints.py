@@ -127,6 +127,26 @@ def test_a_failure_in_the_background_comes_out_once_as_what_it_was(tmp_path: Pat
     assert names(tmp_path) == ["step-000002"]
 
 
+def test_check_raises_a_failure_without_the_next_save_and_waits_for_nothing(tmp_path: Path) -> None:
+    checkpoints, _ = opened(tmp_path)
+    go_on, gone = threading.Event(), threading.Event()
+
+    def fail(folder: Path) -> None:
+        assert go_on.wait(30)
+        raise OurError("disk gone")
+
+    checkpoints.save(1, fail, background=True)
+    checkpoints.check()  # it is still being written
+    assert checkpoints._pending is not None
+    checkpoints._pending.add_done_callback(lambda _: gone.set())
+    go_on.set()
+    assert gone.wait(30)
+    with pytest.raises(OurError):
+        checkpoints.check()
+    checkpoints.check()
+    checkpoints.close()
+
+
 def test_close_raises_what_went_wrong_but_never_hides_what_ended_the_run(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         raise OurError("disk gone")

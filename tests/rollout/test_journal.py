@@ -233,6 +233,8 @@ def test_pruning_removes_earlier_draws_alone(tmp_path: Path) -> None:
     there = [own.read(call, tasks_of(groups)) is not None for call in calls]
     assert there == [False, False, True, True, True, True]
     assert len(list(tmp_path.iterdir())) == 8
+    (tmp_path / "draw-copy").write_text("somebody's")
+    own.prune(10)
     own.remove()
     assert not tmp_path.exists()
     own.prune(99)

@@ -188,9 +188,26 @@ def test_a_resumed_run_goes_on_under_its_id_and_does_not_store_its_config_again(
         ids.append(opening.run_id)
     assert ids[0] == ids[1]
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": ids[0]}
-    (tmp_path / "trackers.json").write_text("{")
-    with pytest.raises(UserError, match=r"trackers.json is damaged"):
-        opened(["wandb"], tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]"])
+def test_a_damaged_state_lets_the_trackers_begin_anew(made: dict[str, Any], tmp_path: Path, damage: str) -> None:
+    (tmp_path / "trackers.json").write_text(damage)
+    one, said = opened(["wandb"], tmp_path, first_step=7)
+    one.close()
+    assert len(said) == 1
+    assert "trackers.json is damaged" in said[0]
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": made["wandb"].opening.run_id}
+
+
+def test_a_folder_that_cannot_be_written_stops_no_run(made: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "trackers").write_text("a file")
+    one, said = opened(["wandb"], tmp_path / "trackers")
+    one.log(0, {"loss": 1.0})
+    one.close()
+    assert len(said) == 1
+    assert "could not write" in said[0]
+    assert ("log", 0, {"loss": 1.0}) in made["wandb"].calls
 
 
 def test_no_trackers_leave_no_trace(tmp_path: Path) -> None:
@@ -275,7 +292,7 @@ def test_tensorboard_reads_what_a_killed_and_resumed_run_wrote(tmp_path: Path) -
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs the tensorboard package"
     )
-    for first_step, value in ((0, 1.0), (2, 2.0)):
+    for first_step, value in ((0, 0.0), (0, 1.0), (2, 2.0)):  # the first one was killed before its first checkpoint
         real, said = opened(["tensorboard"], tmp_path, first_step=first_step)
         for step in range(first_step, first_step + 3):
             real.log(step, {"loss": value})
