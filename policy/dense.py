@@ -61,7 +61,12 @@ class DensePolicy(nn.Module):
             return_routed_experts=return_routed_experts,
             return_balance_loss=return_balance_loss,
         )
-        hidden = self._run(input_ids[None], position_ids[None], Documents(Packing.of(position_ids, cu_seqlens)))[0]
+        if num_tokens := len(input_ids):
+            documents = Documents(Packing.of(position_ids, cu_seqlens))
+        else:  # transformers' layers can't shape nothing, and another rank may be waiting for this one's part
+            input_ids, position_ids = input_ids.new_zeros(1), position_ids.new_zeros(1)
+            documents = Documents(Packing.of(position_ids, torch.tensor([0, 1], device=cu_seqlens.device)))
+        hidden = self._run(input_ids[None], position_ids[None], documents)[0][:num_tokens]
         return PolicyOutput(hidden if head is None else head(hidden, self.lm_head.weight, 0))
 
     def _refuse(self, **asked: bool) -> None:

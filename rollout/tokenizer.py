@@ -73,6 +73,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"{folder} has no tokenizer.json: save the tokenizer beside the weights (tokenizer.save_pretrained)."
         )
-    if (folder / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    described = folder / "tokenizer_config.json"
+    if not described.is_file():
+        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    if json.loads(described.read_text()).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        # Not a matter of model_type: AutoTokenizer would make qwen2's own of it, with other ids.
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -390,3 +390,13 @@ def test_without_transformers_the_other_policies_work() -> None:
 
     code = "import sys, policy.interface; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_no_tokens_at_all_give_gradients_of_zero(name: str) -> None:
+    model = dense_policy(name)
+    nothing = torch.zeros(0, dtype=torch.long)
+    said = token_logprobs(model, nothing, nothing, torch.zeros(1, dtype=torch.int32))
+    assert said.logprobs.shape == said.entropy.shape == (0,)
+    said.logprobs.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

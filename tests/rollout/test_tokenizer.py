@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,14 @@ def test_a_folder_with_the_tokenizer_file_alone_is_enough(tmp_path: Path) -> Non
 def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no tokenizer\.json: save the tokenizer beside the weights"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "deepseek_v3"])
+def test_a_saved_tokenizer_gives_the_same_ids_beside_any_model(tmp_path: Path, model_type: str) -> None:
+    tokenizer = train_tokenizer(["Add 12 and 30: 12 + 30 = 42", "<think>so</think> <answer>42</answer>"], 300, "")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    loaded = load_tokenizer(tmp_path)
+    for text in ("<think>\n1234 + 5 = ?</think> <answer>1239</answer>", "Add 12 and 30", "naïve 中文"):
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
