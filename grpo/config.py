@@ -163,6 +163,11 @@ class LearnerConfig(_Table):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="type of the products; weights and optimizer states are float32 in both"
     )
+    precision: Literal["bf16", "fp8"] = Field(
+        default="bf16",
+        description="of the DeepSeek policy's projections and experts: that of dtype, or DeepSeek-V3's blockwise FP8 (a GPU "
+        "of capability 9.0 or above; on a CPU its slow definition)",
+    )
     offload_optimizer: bool = Field(
         default=False, description="keep the optimizer's states in main memory between optimizer steps"
     )

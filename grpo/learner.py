@@ -37,7 +37,9 @@ from grpo.objective import entropy_control, policy_loss
 from grpo.reference import move_towards, reference_of
 from policy.auxiliary import AuxiliaryTotals, auxiliary_loss
 from policy.balance import balance_experts
+from policy.deepseek import DeepseekPolicy
 from policy.interface import Policy
+from policy.kernels.dispatch import choose_backend
 from policy.logprobs import TokenLogprobs, token_logprobs
 from policy.packing import wasted_shares
 from policy.parallel import clip_grad_norm, parallelize, sum_over_ranks
@@ -73,6 +75,8 @@ class Learner:
         self.model, self.num_ranks, self.rank = _placed(model, config)
         self.spread = isinstance(self.model, FSDPModule)
         self.device = next(self.model.parameters()).device
+        if config.precision == "fp8":
+            _compute_in_fp8(self.model, self.device)
         self.reference: Policy | None = None
         if algorithm.kl_coef > 0:
             precision = getattr(torch, config.dtype)
@@ -312,3 +316,11 @@ def _placed(model: Any, config: LearnerConfig) -> tuple[Policy, int, int]:
     if config.dtype != "float32":
         raise UserError(f"learner.dtype = {config.dtype!r} needs a process group, also of one process")
     return model.to(PartialState().device), 1, 0
+
+
+def _compute_in_fp8(model: Policy, device: torch.device) -> None:
+    """UserError for a policy, KernelUnavailableError for a device, that FP8 is not for."""
+    if not isinstance(model, DeepseekPolicy):
+        raise UserError("learner.precision = 'fp8' is for DeepSeek policies; a dense one learns in learner.dtype")
+    choose_backend('learner.precision = "fp8"', torch.empty(0, device=device))
+    model.set_precision("fp8")

@@ -179,10 +179,11 @@ class _Run:
     def connect(self, engine: Engine) -> None:
         """Take the engine into use and prove that it computes what the learner computes."""
         config = self.config
+        kinds = {config.engine.dtype, config.learner.dtype, config.learner.precision}
         self.sync = WeightSync(
             engine,
             vocab_size=self.learner.policy_config.vocab_size,
-            engine_dtype="bfloat16" if "bfloat16" in (config.engine.dtype, config.learner.dtype) else "float32",
+            engine_dtype="bfloat16" if {"bfloat16", "fp8"} & kinds else "float32",
             config=config.sync,
         )
         self.sync.publish(self.learner, self.first_step)

@@ -33,7 +33,10 @@ _MAY_LACK = {
     "rope_scaling",
     "num_nextn_predict_layers",
 }
+# What says how to compute, not what: config.json does not hold it.
+_NOT_STORED = {"precision"}
 TopkMethod = Literal["noaux_tc", "group_limited_greedy", "greedy"]
+Precision = Literal["bf16", "fp8"]
 
 
 class PolicyConfigError(ValueError):
@@ -93,6 +96,8 @@ class PolicyConfig:
     `topk_method` names the router: `noaux_tc` is V3's (arXiv 2412.19437, section 2.1.2: sigmoid scores, a bias for the
     choice, groups by the sum of their top 2), `greedy` and `group_limited_greedy` are V2's (arXiv 2405.04434, section
     2.2: softmax scores, groups by their maximum). `num_nextn_predict_layers` is the depth of multi-token prediction.
+    `precision` is that of projections' and experts' products: the type of the weights ("bf16", whatever that is), or
+    blockwise FP8 (V3, section 3.3). It is the run's own affair, so config.json neither holds nor needs it.
     """
 
     vocab_size: int
@@ -124,12 +129,15 @@ class PolicyConfig:
     tie_word_embeddings: bool = False
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    precision: Precision = "bf16"
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, Mapping):  # as TOML and JSON give it
             object.__setattr__(self, "rope_scaling", YarnScaling.from_hf_dict(self.rope_scaling))
         if self.topk_method not in get_args(TopkMethod):
             raise PolicyConfigError(f"topk_method={self.topk_method!r} is not one of {', '.join(get_args(TopkMethod))}")
+        if self.precision not in get_args(Precision):
+            raise PolicyConfigError(f"precision={self.precision!r} is not one of {', '.join(get_args(Precision))}")
         if self.num_nextn_predict_layers < 0:
             raise PolicyConfigError(f"num_nextn_predict_layers must be at least 0, not {self.num_nextn_predict_layers}")
         if self.topk_method == "greedy" and self.n_group != 1:
@@ -208,7 +216,7 @@ class PolicyConfig:
         }
         if bad := [name for name, present in refused.items() if present]:
             raise PolicyConfigError(f"config.json asks for {', '.join(bad)}, which this policy does not compute")
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - _NOT_STORED
         picked = {k: v for k, v in values.items() if k in known and k != "rope_scaling"}
         if rope_type == "yarn":
             picked["rope_scaling"] = YarnScaling.from_hf_dict(rope)
@@ -236,7 +244,7 @@ class PolicyConfig:
     def to_hf_dict(self, dtype: str = "float32") -> dict[str, Any]:
         """A `config.json` complete enough for transformers and for vLLM (which needs topk_method and scoring_func)."""
         yarn = self.rope_scaling
-        return asdict(self) | {
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_STORED} | {
             "architectures": ["DeepseekV3ForCausalLM" if self.model_type == "deepseek_v3" else "DeepseekV2ForCausalLM"],
             "model_type": self.model_type,
             "dtype": dtype,

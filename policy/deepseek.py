@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from policy.config import PolicyConfig
+from policy.config import PolicyConfig, Precision
+from policy.kernels.fp8_experts import as_multiplied, fp8_experts, fp8_linear
+from policy.kernels.mla_attention import mla_attention
+from policy.kernels.route import route
 
 # Up to this length, plain products are faster on the CPU than its fused attention (90 tokens: 45 ms against 88).
 SHORT_SEQUENCE = 256
@@ -57,12 +61,13 @@ class RMSNorm(nn.Module):
 
 
 class Packing(NamedTuple):
-    """Where the T packed tokens lie in a [B, L] rectangle: rows [T], flat indices [T], B and L."""
+    """Where the T packed tokens lie in a [B, L] rectangle: rows [T], flat indices [T], B and L; and cu_seqlens [B + 1]."""
 
     rows: Tensor
     slots: Tensor
     num_sequences: int
     longest: int
+    cu_seqlens: Tensor
 
     @classmethod
     def of(cls, position_ids: Tensor, cu_seqlens: Tensor) -> Packing:
@@ -70,7 +75,7 @@ class Packing(NamedTuple):
         lengths = cu_seqlens.diff()
         longest = int(lengths.max()) if len(lengths) else 0
         rows = torch.repeat_interleave(torch.arange(len(lengths), device=position_ids.device), lengths)
-        return cls(rows, rows * longest + position_ids, len(lengths), longest)
+        return cls(rows, rows * longest + position_ids, len(lengths), longest, cu_seqlens)
 
     def pad(self, x: Tensor) -> Tensor:
         """[T, ...] -> [B, L, ...], zero where there is no token."""
@@ -162,6 +167,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :value_width]
 
 
+class Linear(nn.Linear):
+    """A projection without bias; with precision "fp8" its three products are blockwise FP8's."""
+
+    def __init__(self, in_features: int, out_features: int, precision: Precision):
+        super().__init__(in_features, out_features, bias=False)
+        self.precision: Precision = precision
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.precision == "fp8":
+            return fp8_linear(input, self.weight)
+        return super().forward(input)
+
+    def multiplied(self) -> Tensor:
+        """The weight [out, in] that inputs are multiplied by: in FP8, not quite the one that is trained."""
+        return as_multiplied(self.weight) if self.precision == "fp8" else self.weight
+
+
 class MultiHeadLatentAttention(nn.Module):
     """MLA: keys and values from one latent of C + R values per token (equations 1-11)."""
 
@@ -170,18 +192,19 @@ class MultiHeadLatentAttention(nn.Module):
         self.config = config
         heads, hidden = config.num_attention_heads, config.hidden_size
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim, config.precision)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, config.precision)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.latent_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, config.precision)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.latent_dim, config.precision)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        self.kv_b_proj = Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), config.precision
         )
-        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
+        self.o_proj = Linear(heads * config.v_head_dim, hidden, config.precision)
         self.scale = config.attention_scale
+        self.precision: Precision = config.precision
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries without rotation [T, H, N] and rotated [T, H, R]."""
@@ -210,6 +233,9 @@ class MultiHeadLatentAttention(nn.Module):
             .unflatten(-1, (config.num_attention_heads, -1))
             .split((config.qk_nope_head_dim, config.v_head_dim), -1)
         )
+        if self.precision == "fp8":
+            out = mla_attention(q_nope, q_rope, k_nope, k_rope, v, packing.cu_seqlens, self.scale)
+            return self.o_proj(out.flatten(1)), latent
         q = torch.cat((q_nope, q_rope), -1)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, config.num_attention_heads, -1)), -1)
         # Padding is on the right and attention is causal, so no token sees it.
@@ -221,7 +247,7 @@ class MultiHeadLatentAttention(nn.Module):
         """n tokens per sequence, kv_b_proj absorbed into query and output: x [B * n, D], cache [B, S, C + R], mask [B, n, S]."""
         config = self.config
         q_nope, q_rope = self.queries(x, cos, sin)
-        up = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+        up = self.kv_b_proj.multiplied().unflatten(0, (config.num_attention_heads, -1))
         up_k, up_v = up.split((config.qk_nope_head_dim, config.v_head_dim), 1)
         query = torch.cat((torch.einsum("thn,hnc->thc", q_nope, up_k), q_rope), -1).unflatten(0, mask.shape[:2])
         scores = torch.einsum("bnhc,bsc->bnhs", query, cache).float() * self.scale
@@ -233,11 +259,11 @@ class MultiHeadLatentAttention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, width: int):
+    def __init__(self, hidden: int, width: int, precision: Precision):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(hidden, width, precision)
+        self.up_proj = Linear(hidden, width, precision)
+        self.down_proj = Linear(width, hidden, precision)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -257,6 +283,7 @@ class Router(nn.Module):
     def __init__(self, config: PolicyConfig):
         super().__init__()
         self.config = config
+        self.precision: Precision = config.precision
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
@@ -267,6 +294,8 @@ class Router(nn.Module):
         config = self.config
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+        if self.precision == "fp8":
+            return self._fused(logits, scores, replay)
         experts = self.choose(scores.detach())
         if replay is not None:
             experts = torch.where(replay >= 0, replay, experts)
@@ -274,6 +303,24 @@ class Router(nn.Module):
         if config.norm_topk_prob:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         return Routing(gates * config.routed_scaling_factor, experts, scores)
+
+    def _fused(self, logits: Tensor, scores: Tensor, replay: Tensor | None) -> Routing:
+        """The same by the kernel that goes with FP8 experts."""
+        config = self.config
+        unbiased = config.topk_method != "noaux_tc"
+        experts, gates = route(
+            logits,
+            None if unbiased else self.e_score_correction_bias.float(),
+            num_groups=config.n_group,
+            topk_group=config.topk_group,
+            top_k=config.num_experts_per_tok,
+            scoring=config.scoring_func,
+            normalise=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+            group_score="max" if unbiased else "top2_sum",
+            replay=None if replay is None else replay.long(),
+        )
+        return Routing(gates, experts, scores)
 
     def choose(self, scores: Tensor) -> Tensor:
         """The K chosen experts [T, K] by scores [T, E]: V3's bias takes part here and nowhere else (equation 16)."""
@@ -310,11 +357,14 @@ class Experts(nn.Module):
     def __init__(self, config: PolicyConfig):
         super().__init__()
         width, hidden = config.moe_intermediate_size, config.hidden_size
+        self.precision: Precision = config.precision
         self.gate_up_proj = nn.Parameter(torch.empty(config.n_routed_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(config.n_routed_experts, hidden, width))
 
     def forward(self, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         """Sum of gate * expert(x) over each token's K experts; tokens are sorted by expert for grouped products."""
+        if self.precision == "fp8":
+            return fp8_experts(x, gates, experts, self.gate_up_proj, self.down_proj)
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)
         counts = torch.bincount(experts.flatten(), minlength=self.gate_up_proj.shape[0])
@@ -332,7 +382,9 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        self.shared_experts = MLP(
+            config.hidden_size, config.moe_intermediate_size * config.n_shared_experts, config.precision
+        )
         self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
         self.load: Tensor
 
@@ -378,7 +430,9 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = MultiHeadLatentAttention(config)
         dense = index < config.first_k_dense_replace
-        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
+        self.mlp = (
+            MLP(config.hidden_size, config.intermediate_size, config.precision) if dense else MixtureOfExperts(config)
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = False
@@ -594,6 +648,14 @@ class DeepseekPolicy(nn.Module):
         counts = self.training and torch.is_grad_enabled()
         if counts and output.experts is not None and isinstance(layer.mlp, MixtureOfExperts):
             layer.mlp.load += torch.bincount(output.experts.flatten(), minlength=layer.mlp.load.numel())
+
+    def set_precision(self, precision: Precision) -> None:
+        """Compute from now on as `config.precision` says: for weights that were loaded by a config without it."""
+        self.config = replace(self.config, precision=precision)
+        modules: list[Any] = list(self.modules())
+        for module in modules:
+            if hasattr(module, "precision"):
+                module.precision = precision
 
     def enable_activation_checkpointing(self, enabled: bool = True) -> None:
         """Keep only the input of each layer for backward, and compute the rest again."""

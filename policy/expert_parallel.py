@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.func import functional_call
 
+from policy.config import Precision
 from policy.deepseek import Experts
 
 
@@ -60,6 +61,15 @@ class ParallelExperts(nn.Module):
         self.down_proj = _own_experts(experts.down_proj, mesh)
         # Computes with whatever weights it is lent; itself it holds none, and the list hides it from our state.
         self._arithmetic = [experts.to("meta")]
+
+    @property
+    def precision(self) -> Precision:
+        """That of the products: what travels is in the type of x."""
+        return self._arithmetic[0].precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
+        self._arithmetic[0].precision = precision
 
     def forward(self, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         """As `Experts.forward`: x [T, D], gates and experts [T, K] -> [T, D]."""

@@ -32,8 +32,9 @@ NOT_IN: dict[str, set[str]] = {
 }
 # vLLM loads its worker extension by name, in its own process; kernels are imported only where they are launched.
 TOP_LEVEL_ALLOWED = {"vllm": {"rollout/vllm_worker.py"}, "triton": {"policy/kernels/*_triton.py"}}
-# The command line's own tests, and those beside this file, which drive the whole program through it.
-SCRIPTS_MAY_BE_IMPORTED_BY = ("tests/scripts/*.py", "tests/*.py")
+# The command line's own tests, those beside this file, which drive the whole program through it, and the GPU's, which
+# check what the benchmarks measure.
+SCRIPTS_MAY_BE_IMPORTED_BY = ("tests/scripts/*.py", "tests/*.py", "tests/policy/kernels/test_gpu.py")
 DYNAMIC = {"importlib.import_module", "import_module", "__import__"}
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from policy.kernels.dispatch import MINIMUM_CAPABILITY, Backend, choose_backend
+
 # What a chunk's buffers may hold: a twelfth of the whole logits in fp32, but never less than MIN_BUFFER_BYTES, because
 # products of few rows are slow. At N = 8192, V = 32768 that is 8.3 % of the logits.
 BUFFER_SHARE = 1 / 12
@@ -53,6 +55,7 @@ def linear_logprob(
     *,
     chunk_tokens: int | None = None,
     sampling_mask: SamplingMask | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy [N] each (nats) of softmax(hidden @ weight.T / temperature).
 
@@ -61,8 +64,17 @@ def linear_logprob(
     hidden and weight. Backward recomputes the logits, `chunk_tokens` rows at a time (default: by BUFFER_SHARE), and
     sums the weight's gradient in fp32. With `sampling_mask` each row's softmax runs over its span alone, which must hold
     its target. Shapes, types, targets, spans or a temperature out of order are a ValueError.
+
+    On a Hopper GPU, bf16 and fp16 without `sampling_mask` run in kernels: scoring never writes a logit, none is rounded
+    to the inputs' type, and nothing waits for the device, so a target outside of the vocabulary gives NaN there. All
+    else runs as it does on the CPU; `backend` asks for one of the two ("triton" with a mask is a ValueError).
     """
-    _check(hidden, weight, targets, temperature, chunk_tokens)
+    chosen = backend_for(hidden, sampling_mask, backend)
+    check_inputs(hidden, weight, targets, temperature, chunk_tokens, look=chosen == "torch")
+    if chosen == "triton":
+        outputs = _FusedLinearLogprob.apply(hidden, weight, targets.long(), temperature, chunk_tokens)
+        assert isinstance(outputs, tuple)
+        return outputs
     if sampling_mask is not None:
         _check_spans(sampling_mask, targets, len(weight))
     rows = chunk_tokens or _rows_per_chunk(len(hidden), len(weight), hidden.dtype)
@@ -73,7 +85,21 @@ def linear_logprob(
     return outputs
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int | None) -> None:
+def backend_for(hidden: Tensor, sampling_mask: SamplingMask | None, backend: Backend | None) -> Backend:
+    """Which of the two computes: the kernels where they can, unless `backend` says."""
+    fits = sampling_mask is None and hidden.dtype in (torch.bfloat16, torch.float16)
+    if backend is not None:
+        if backend == "triton" and not fits:
+            raise ValueError(f"linear_logprob's kernels take bf16 or fp16 and no sampling mask, not {hidden.dtype}")
+        return choose_backend("linear_logprob", hidden, backend)
+    on_gpu = hidden.device.type == "cuda" and torch.cuda.get_device_capability(hidden.device) >= MINIMUM_CAPABILITY
+    return "triton" if fits and on_gpu else "torch"
+
+
+def check_inputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int | None, *, look: bool
+) -> None:
+    """ValueError for what is out of order; `look` at the targets too, which waits for their device."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be above 0 to define log-probabilities, not {temperature}")
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -84,7 +110,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, 
         raise ValueError(f"hidden ({hidden.dtype}) and weight ({weight.dtype}) must be of one floating-point type")
     if targets.shape != hidden.shape[:1] or targets.dtype.is_floating_point:
         raise ValueError(f"targets are {targets.dtype} {list(targets.shape)}; they must be ids [{len(hidden)}]")
-    if len(targets):
+    if look and len(targets):
         lowest, highest = torch.stack(torch.aminmax(targets)).tolist()
         if lowest < 0 or highest >= len(weight):
             raise ValueError(f"targets run from {lowest} to {highest}, the vocabulary from 0 to {len(weight) - 1}")
@@ -255,3 +281,36 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total.add_(left @ right)
+
+
+class _FusedLinearLogprob(torch.autograd.Function):
+    """The same in kernels: forward scores without logits, backward multiplies a chunk of them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, rows: int | None
+    ) -> tuple[Tensor, Tensor]:
+        from policy.kernels import linear_logprob_triton
+
+        logprobs, entropy, *normaliser = linear_logprob_triton.score(hidden, weight, targets, temperature)
+        ctx.save_for_backward(hidden, weight, targets, entropy, *normaliser)
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the names)
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        from policy.kernels import linear_logprob_triton as kernels
+
+        if all(grad is None for grad in grads):
+            return (None,) * 5
+        hidden, weight, targets, *by_row = ctx.saved_tensors
+        upstream = [torch.zeros_like(by_row[0]) if grad is None else grad.float().contiguous() for grad in grads]
+        step = kernels.Chunks(hidden, weight, ctx.temperature, ctx.rows, ctx.needs_input_grad[:2])
+        for chunk in step.slices():
+            step.multiply(chunk)
+            step.differentiate(chunk, targets[chunk], *(x[chunk] for x in (*by_row, *upstream)))
+        return *step.gradients(), None, None, None

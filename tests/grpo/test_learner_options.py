@@ -30,6 +30,7 @@ from tests.grpo.learner_builders import (
     weights_of,
 )
 from tests.policy.builders import packed_logits, tiny_policy
+from tests.policy.dense_builders import dense_policy
 
 
 def recorded_splits(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
@@ -307,3 +308,21 @@ def test_bfloat16_learns_about_the_same_on_weights_in_float32(tmp_path: Path) ->
     again.load_sharded_state(tmp_path / "state")
     batch = make_batch(tiny_policy(SMALL), seed=2)
     assert again.step(batch, 2) == narrow.step(batch, 2)
+
+
+def test_fp8_learns_nearly_what_full_precision_does_and_is_refused_to_a_dense_policy(tmp_path: Path) -> None:
+    exact, coarse = (make_learner(tmp_path, kl_coef=0.1, precision=precision) for precision in ("bf16", "fp8"))
+    batch = make_batch(tiny_policy(SMALL))
+    assert batch.rollout_logprobs.any()
+    measured = [learner.step(batch, 0) for learner in (exact, coarse)]
+    assert measured[0]["logprob_gap_mean"] < 1e-5 < measured[1]["logprob_gap_mean"] < 0.3
+    assert coarse.reference is not None
+    assert measured[1]["kl"] == pytest.approx(0.0, abs=1e-9)  # the reference is computed in FP8 too
+    directions = []
+    for learner in (exact, coarse):
+        grads = [p.grad.flatten() for p in learner.model.parameters() if p.grad is not None]
+        directions.append(torch.cat(grads))
+    assert torch.cosine_similarity(*directions, dim=0) > 0.97
+    assert not torch.equal(*directions)
+    with pytest.raises(UserError, match=r"dense one learns in learner\.dtype"):
+        make_learner(tmp_path, dense_policy("llama"), precision="fp8")
