@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 MADE_BY = (
     "policy/**/*.py",
-    "distill/*.py",
+    "distill/sft.py",
     "verifiers/*.py",
     "rollout/[!vw]*.py",  # engines other than torch's and the sync of weights have no part in it
 )
@@ -69,15 +69,16 @@ class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _shape(values: dict[str, Any]) -> dict[str, Any]:
+def check_shape(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, if they are the shape of a policy or of a dense model; ValueError names what is not."""
     try:
-        _config_of({"vocab_size": 1 << 16, **values})
+        config_of_shape({"vocab_size": 1 << 16, **values})
     except TypeError as error:
         raise ValueError(f"not the shape of a policy: {str(error).partition('()')[2].strip() or error}") from error
     return values
 
 
-def _config_of(shape: Mapping[str, Any]) -> PolicyConfig | DenseConfig:
+def config_of_shape(shape: Mapping[str, Any]) -> PolicyConfig | DenseConfig:
     """A DeepSeek policy's config, or with a `model_type` that of a dense model."""
     return DenseConfig.of_shape(shape) if "model_type" in shape else PolicyConfig(**shape)
 
@@ -130,7 +131,7 @@ class SftConfig(_Table):
     output_dir: Path = Field(default=Path("runs/base"), description="finished models are kept here, by content")
     template: Annotated[str, AfterValidator(check_template)] = Field(default="r1_zero", description="prompt template")
     init: Path | None = Field(default=None, description="checkpoint to start from, with its tokenizer")
-    model: Annotated[dict[str, Any], AfterValidator(_shape)] | None = Field(
+    model: Annotated[dict[str, Any], AfterValidator(check_shape)] | None = Field(
         default=None,
         description="shape of a new policy: PolicyConfig's fields but vocab_size, or model_type and the fields of a dense one",
     )
@@ -236,7 +237,7 @@ class _Training:
         if "model_type" in config.model:
             # transformers' default would be a token of another vocabulary.
             shape["bos_token_id"] = tokenizer.bos_token_id
-        policy_config = _config_of(config.model | shape)
+        policy_config = config_of_shape(config.model | shape)
         model = DensePolicy(policy_config) if isinstance(policy_config, DenseConfig) else DeepseekPolicy(policy_config)
         model.reset_parameters(config.seed)
         return model, tokenizer

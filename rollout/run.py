@@ -273,7 +273,7 @@ def _other_config(run_dir: Path, differences: list[tuple[str, Any, Any]], comman
 
 def _has_state(run_dir: Path) -> bool:
     files = (run_dir / METRICS, run_dir / MERGED)
-    folders = (run_dir / PARTS, run_dir / "checkpoints")
+    folders = (run_dir / PARTS, run_dir / "checkpoints", run_dir / "raw")
     return any(file.exists() and file.stat().st_size for file in files) or any(
         folder.is_dir() and any(folder.iterdir()) for folder in folders
     )

@@ -90,6 +90,34 @@ def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     run_sft(config, overrides or [])
 
 
+@app.command("distill")
+def distill_student(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="only go on with a run that is there; never start one")
+    ] = False,
+) -> None:
+    """Train a student on traces by supervised learning; a run that was stopped goes on."""
+    from scripts.distill_command import run_distill
+
+    run_distill(config, overrides or [], resume=resume)
+
+
+@app.command()
+def traces(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="only go on with a run that is there; never start one")
+    ] = False,
+) -> None:
+    """Gather a teacher's traces (sampled, asked for or imported) and select among them."""
+    from scripts.traces_command import run_traces
+
+    run_traces(config, overrides or [], resume=resume)
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="CONFIG|CHECKPOINT", help="TOML file or checkpoint folder")],
@@ -298,7 +326,15 @@ def config_model(command: str) -> type[BaseModel]:
         from distill.sft import SftConfig
 
         return SftConfig
-    raise UserError(f"{command!r} has no config: use `groupzero config train` or `groupzero config sft`")
+    if command == "traces":
+        from distill.traces import TracesConfig
+
+        return TracesConfig
+    if command == "distill":
+        from distill.student_config import DistillConfig
+
+        return DistillConfig
+    raise UserError(f"{command!r} has no config: use `groupzero config` with train, sft, traces or distill")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout.checkpoints import MANIFEST, latest_checkpoint, verify_checkpoint
 from policy.atomic import CheckpointError, atomic_folder
 from policy.checkpoint import read_config
 from policy.checkpoint_names import ROUTER_BIAS
 from policy.checkpoint_read import Stored, open_file, read_headers
 from policy.checkpoint_write import SaveDtype, Source, write_weights
 from policy.fp8_format import FP8, QUANTIZATION_CONFIG, SCALE_SUFFIX, dequantise, is_quantised, quantise
+from rollout.checkpoints import MANIFEST, latest_checkpoint, verify_checkpoint
 from rollout.errors import UserError
 from rollout.run import CONFIG
 from rollout.tokenizer import load_tokenizer, stop_ids

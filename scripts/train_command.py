@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.sft import SftConfig, train_sft
-from rollout.checkpoints import latest_checkpoint
 from grpo.config import TrainConfig
 from grpo.inputs import open_inputs, score_pool
 from grpo.report import write_report
 from grpo.train import train
+from rollout.checkpoints import latest_checkpoint
 from rollout.cluster import running_engines
 from rollout.engine import SamplingParams
 from rollout.errors import UserError
