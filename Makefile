@@ -19,8 +19,8 @@ setup:  ## make .venv with the pinned packages and groupzero in it; skips what i
 quickstart: setup  ## train a small policy to reason, on this machine
 	@.venv/bin/groupzero train configs/quickstart.toml seed=$(SEED)
 
-test: setup  ## run the tests
-	@.venv/bin/python -m pytest $(ARGS)
+test: setup  ## run the tests, two files at a time
+	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup  ## ruff (rules, format) and the type checker
 	@.venv/bin/ruff check .
