@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.student_config import DistillConfig, TrainerConfig
+from distill.student_config import DistillConfig
 from distill.student_handle import WriteSnapshot, checkpoint_bytes
 from distill.student_loss import StudentBatch, StudentLoss
 from distill.student_trainer import NonFiniteStudentError, StudentTrainer
 from policy.atomic import CheckpointError
-from policy.checkpoint import read_config
 from policy.config import PolicyConfig
-from policy.deepseek import DeepseekPolicy
-from policy.dense import DensePolicy
 from policy.dense_config import DenseConfig
 from policy.interface import Policy
-from policy.parallel import ParallelismError, materialise, parallelize
-from policy.sharded_checkpoint import load_optimizer, load_sharded, save_optimizer, save_sharded
+from policy.parallel import ParallelismError
+from policy.sharded_checkpoint import load_optimizer, save_optimizer, save_sharded
 from policy.sharding import gathered_weights
-from rollout.cluster import Rank, RankError, RankGroup
+from rollout.cluster import Rank, RankGroup
 from rollout.engine import Completion
 from rollout.errors import UserError
+from rollout.ranks import join, showing, spread_policy
 from rollout.sync_diagnosis import Gap
 from rollout.weights import PolicySource, policy_of
 
@@ -55,10 +50,11 @@ class RankStudent:
     """A student that is one of several, all of which take every call together."""
 
     def __init__(self, plan: StudentPlan, rank: Rank) -> None:
-        _join(plan.config.trainer, rank)
+        trainer = plan.config.trainer
+        join(rank, num_threads=trainer.num_threads, timeout_s=trainer.step_timeout_s)
         try:
             self.trainer = StudentTrainer(
-                _spread_policy(plan.config.trainer, plan.folder),
+                spread_policy(plan.folder, expert_parallel=trainer.expert_parallel, dtype=trainer.dtype),
                 plan.config.trainer,
                 plan.loss,
                 num_steps=plan.num_steps,
@@ -140,7 +136,7 @@ class RayStudent:
     def __init__(self, plan: StudentPlan, log_dir: Path) -> None:
         trainer = plan.config.trainer
         self.timeout_s = trainer.step_timeout_s
-        with _own_errors():
+        with showing(OWN_ERRORS):
             self.group = RankGroup(
                 partial(RankStudent, plan),
                 trainer.num_ranks,
@@ -180,43 +176,5 @@ class RayStudent:
         self.group.close()
 
     def _call(self, doing: str, method: str, *arguments: Any) -> Any:
-        with _own_errors():
+        with showing(OWN_ERRORS):
             return self.group.call(doing, self.timeout_s, method, *arguments)[0]
-
-
-def _join(config: TrainerConfig, rank: Rank) -> None:
-    """Make this process one of the ranks: gloo, and NCCL with a GPU each where there are GPUs."""
-    torch.set_num_threads(config.num_threads)
-    backend = "gloo"
-    if torch.cuda.is_available():
-        if rank.count > torch.cuda.device_count():
-            raise UserError(
-                f"trainer.num_ranks={rank.count} exceeds this machine's {torch.cuda.device_count()} GPUs: each rank needs "
-                "one of its own"
-            )
-        torch.cuda.set_device(rank.index)
-        backend = "cpu:gloo,cuda:nccl"
-    place: dict[str, Any] = {"init_method": rank.rendezvous} if rank.count > 1 else {"store": dist.HashStore()}
-    limit = timedelta(seconds=config.step_timeout_s)
-    dist.init_process_group(backend, rank=rank.index, world_size=rank.count, timeout=limit, **place)
-
-
-def _spread_policy(config: TrainerConfig, folder: Path) -> Policy:
-    """The student of a checkpoint, spread over the process group; each rank reads its own rows from the files."""
-    shape = read_config(folder)
-    with torch.device("meta"):
-        model: Any = DeepseekPolicy(shape) if isinstance(shape, PolicyConfig) else DensePolicy(shape)
-    parallelize(model, expert_parallel=config.expert_parallel, precision=getattr(torch, config.dtype))
-    materialise(model, "cuda" if torch.cuda.is_available() else "cpu")
-    load_sharded(model, folder)
-    return model
-
-
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    try:
-        yield
-    except RankError as error:
-        if isinstance(error.cause, OWN_ERRORS):
-            raise error.cause from error
-        raise

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from grpo.batch import Batch
-from grpo.config import LearnerConfig, TrainConfig
+from grpo.config import TrainConfig
 from grpo.learner import NonFiniteLossError
 from grpo.learner_handle import WriteSnapshot, checkpoint_bytes, new_learner
 from policy.atomic import CheckpointError
-from policy.checkpoint import read_config
 from policy.config import PolicyConfig
-from policy.deepseek import DeepseekPolicy
-from policy.dense import DensePolicy
 from policy.dense_config import DenseConfig
 from policy.interface import Policy
-from policy.parallel import ParallelismError, materialise, parallelize
-from policy.sharded_checkpoint import load_sharded, save_sharded
+from policy.parallel import ParallelismError
+from policy.sharded_checkpoint import save_sharded
 from policy.sharding import gathered_weights
-from rollout.cluster import Rank, RankError, RankGroup
+from rollout.cluster import Rank, RankGroup
 from rollout.engine import Completion
 from rollout.errors import UserError
+from rollout.ranks import join, showing, spread_policy
 from rollout.sync_diagnosis import Gap
 from rollout.weights import PolicySource, policy_of
 
@@ -39,41 +34,18 @@ LEARNER_FOLDER = "learner"
 OWN_ERRORS = (NonFiniteLossError, CheckpointError, ParallelismError, UserError)
 
 
-def join(config: LearnerConfig, rank: Rank) -> None:
-    """Make this process one of the learner's ranks: gloo, and NCCL with a GPU each where there are GPUs."""
-    torch.set_num_threads(config.num_threads)
-    backend = "gloo"
-    if torch.cuda.is_available():
-        if rank.count > torch.cuda.device_count():
-            raise UserError(
-                f"learner.num_ranks={rank.count} exceeds this machine's {torch.cuda.device_count()} GPUs: each rank "
-                "needs one of its own"
-            )
-        torch.cuda.set_device(rank.index)
-        backend = "cpu:gloo,cuda:nccl"
-    place: dict[str, Any] = {"init_method": rank.rendezvous} if rank.count > 1 else {"store": dist.HashStore()}
-    limit = timedelta(seconds=config.step_timeout_s)
-    dist.init_process_group(backend, rank=rank.index, world_size=rank.count, timeout=limit, **place)
-
-
-def spread_policy(config: LearnerConfig, weights_dir: Path) -> Policy:
-    """The policy of a checkpoint, spread over the process group; each rank reads its own rows from the files."""
-    shape = read_config(weights_dir)
-    with torch.device("meta"):
-        model: Any = DeepseekPolicy(shape) if isinstance(shape, PolicyConfig) else DensePolicy(shape)
-    parallelize(model, expert_parallel=config.expert_parallel, precision=getattr(torch, config.dtype))
-    materialise(model, "cuda" if torch.cuda.is_available() else "cpu")
-    load_sharded(model, weights_dir)
-    return model
-
-
 class RankLearner:
     """A learner that is one of several, all of which take every call together."""
 
     def __init__(self, config: TrainConfig, weights_dir: Path, bad_batch_path: Path, rank: Rank) -> None:
-        join(config.learner, rank)
+        learner = config.learner
+        join(rank, num_threads=learner.num_threads, timeout_s=learner.step_timeout_s)
         try:
-            self.learner = new_learner(config, spread_policy(config.learner, weights_dir), bad_batch_path)
+            self.learner = new_learner(
+                config,
+                spread_policy(weights_dir, expert_parallel=learner.expert_parallel, dtype=learner.dtype),
+                bad_batch_path,
+            )
         except BaseException:
             dist.destroy_process_group()
             raise
@@ -158,7 +130,7 @@ class RayLearner:
         learner = config.learner
         self.timeout_s = learner.step_timeout_s
         build = partial(RankLearner, config, weights_dir.absolute(), bad_batch_path.absolute())
-        with _own_errors():
+        with showing(OWN_ERRORS):
             self.group = RankGroup(
                 build,
                 learner.num_ranks,
@@ -203,15 +175,5 @@ class RayLearner:
         self.group.close()
 
     def _call(self, doing: str, method: str, *arguments: Any) -> Any:
-        with _own_errors():
+        with showing(OWN_ERRORS):
             return self.group.call(doing, self.timeout_s, method, *arguments)[0]
-
-
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    try:
-        yield
-    except RankError as error:
-        if isinstance(error.cause, OWN_ERRORS):
-            raise error.cause from error
-        raise
