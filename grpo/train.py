@@ -1,4 +1,7 @@
-"""The loop: the only place that knows the order sample, score, advantage, loss, step, sync."""
+"""The loop: the only place that knows the order sample, score, advantage, loss, step, sync.
+
+A little over 400 lines, because what a run keeps between steps (checkpoints, times, the stream) is read beside the loop.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Filter:
         return [Judged(trace, self.fault(trace)) for trace in traces]
 
     def fault(self, trace: Trace) -> Drop | None:
-        """Why this trace goes, or None."""
+        """Why this trace goes, or None; a filter that judges all at once has its own `judge` instead of this."""
         raise NotImplementedError
 
     def close(self) -> None:
